@@ -1,0 +1,1 @@
+"""Where it runs: connecting to Ray, what the cluster holds, what a job would start."""

@@ -1,0 +1,126 @@
+"""Start an embedded local Ray, or join the cluster at an address.
+
+Ray's settings that bigray relies on are environment variables read when Ray's processes start; they are set here, in
+one place, before Ray starts, and never override what the user has set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigray.cluster.capacity import local_capacity
+from bigray.errors import ClusterError
+
+RAY_SETTINGS = {
+    # the workers' own reports are pushed, so this only bounds how late a dead worker is noticed (Ray: 2 s)
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # workers stay in the folder the user started in, so that relative imports and paths keep their meaning
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Serve's fast path: HAProxy in front, the replica is the HTTP server
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # how often replicas report load; Serve's 10 s makes any autoscaling policy that slow
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    # the journal is bigray's record: Tune's CSV, JSON and TensorBoard copies double its cost for each result
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Tune's newer output prints a table of its own even when told to be silent
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ctrl-C must reach bigray, which ends the groups and says how to go on
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # a process without GPUs of its own keeps CUDA_VISIBLE_DEVICES as the user set it (Ray's coming default)
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A live connection of this process to Ray."""
+
+    address: str
+    embedded: bool
+    """True where this process started the cluster, which then ends with it."""
+
+
+def resolve_address(address: str | None) -> str | None:
+    """The cluster to join: the argument, else `RAY_ADDRESS`, else None for an embedded one."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextlib.contextmanager
+def connect(address: str | None = None) -> Iterator[Connection]:
+    """Hold a connection to Ray for the length of a `with` block (driver).
+
+    With no address a local Ray is started, token authentication on, and ended with the block; with one ("auto" finds
+    the cluster on this machine), that cluster is joined and left running.
+
+    Raises:
+        ClusterError: nothing answers at the address, or it refuses the token.
+    """
+    connection = ensure_connected(address)
+    try:
+        yield connection
+    finally:
+        import ray
+
+        ray.shutdown()
+
+
+def ensure_connected(address: str | None = None) -> Connection:
+    """This process's connection to Ray, made where there is none; it then stays until the process ends (driver).
+
+    So `train`, `tune` and `deploy` called one after another from Python share one Ray.
+
+    Raises:
+        ClusterError: as for `connect`.
+    """
+    target = resolve_address(address)
+    prepare_environment(joining=target is not None)
+    import ray
+
+    if ray.is_initialized():
+        return Connection(ray.get_runtime_context().gcs_address, embedded=False)
+    try:
+        context = ray.init(address=target or "local", **_init_options(embedded=target is None))
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"{target or 'local'}: cannot connect to Ray: {_first_line(error)}") from error
+    return Connection(context.address_info["gcs_address"], embedded=target is None)
+
+
+def _init_options(*, embedded: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"namespace": "bigray", "log_to_driver": False, "logging_level": logging.ERROR}
+    if embedded:
+        # the plan was made for exactly this machine, before Ray started
+        here = local_capacity()
+        options |= {"include_dashboard": False, "num_cpus": int(here.cpus), "num_gpus": int(here.gpus)}
+    return options
+
+
+def prepare_environment(*, joining: bool) -> None:
+    """Set Ray's environment variables for this process and its children; keeps what is already set."""
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Ray 2.60 switches authentication on by itself for a local cluster, but not for a client with an explicit
+    # address, which then fails: say it either way
+    if not joining or has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray._raylet import Config
+
+    Config.initialize("")  # Ray reads its variables when it is imported, which may have been before now
+
+
+def has_token() -> bool:
+    """True where a Ray authentication token can be found for this user."""
+    default = Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")) or default.exists()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

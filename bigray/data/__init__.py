@@ -1,0 +1,1 @@
+"""Source -> Arrow table -> split -> standardised arrays -> global batches."""

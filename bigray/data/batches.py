@@ -1,0 +1,38 @@
+"""Which samples make which optimizer step: a function of (seed, epoch) alone, whatever the number of workers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+IndexArray = NDArray[np.int64]
+
+
+def epoch_order(seed: int, epoch: int, num_rows: int) -> IndexArray:
+    """The permutation of the training rows that epoch `epoch` (from 0) goes through."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
+    """Optimizer steps of an epoch; the last one may be smaller."""
+    return math.ceil(num_rows / global_batch_size)
+
+
+def global_batch(order: IndexArray, batch: int, global_batch_size: int) -> IndexArray:
+    """Rows of step `batch` of an epoch, over all workers."""
+    return order[batch * global_batch_size : (batch + 1) * global_batch_size]
+
+
+def worker_share(rows: IndexArray, rank: int, world_size: int) -> IndexArray:
+    """The part of a global batch (or of the validation rows) that one worker computes; may be empty."""
+    return rows[rank::world_size]
+
+
+def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
+    """Seed of the random numbers drawn inside one step (dropout) on one rank.
+
+    Seeding every step makes the generator's state a function of the cursor, so a checkpoint need not hold it.
+    """
+    return int(np.random.SeedSequence([seed, epoch, batch, rank]).generate_state(1, np.uint64)[0] >> 1)

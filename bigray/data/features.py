@@ -1,0 +1,140 @@
+"""The columns a model reads: how a row, given as Arrow, JSON records or a tensor, becomes its input array.
+
+Training, offline prediction and the replica all come through here, so a row means the same thing in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from bigray.errors import SpecError
+
+FloatArray = NDArray[np.float32]
+
+
+class Column(BaseModel):
+    """One input column. `shape` is `()` for a number and, say, `(28, 28)` for an image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    shape: tuple[int, ...] = ()
+
+
+class FeatureSchema(BaseModel):
+    """The model's input columns, in order: many scalar columns, or exactly one tensor column."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    columns: tuple[Column, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as the model sees it, without the batch axis."""
+        return self.columns[0].shape if self.is_tensor else (len(self.columns),)
+
+    @property
+    def is_tensor(self) -> bool:
+        return len(self.columns) == 1 and self.columns[0].shape != ()
+
+    @property
+    def tensor_name(self) -> str:
+        """Name of the single input tensor in the Open Inference Protocol."""
+        return self.columns[0].name if self.is_tensor else "features"
+
+    def from_table(self, table: pa.Table) -> FloatArray:
+        """Rows of an Arrow table -> float32 array (rows, *input_shape)."""
+        arrays = [column_to_numpy(table, column.name) for column in self.columns]
+        stacked = arrays[0] if self.is_tensor else np.stack(arrays, axis=1)
+        return np.ascontiguousarray(stacked, dtype=np.float32)
+
+    def from_records(self, records: Sequence[Mapping[str, Any]]) -> FloatArray:
+        """JSON records -> float32 array (rows, *input_shape).
+
+        Raises:
+            SpecError: no rows, a missing or unknown column, a value that is not a finite number, or a wrong shape.
+        """
+        if not isinstance(records, list) or not records:
+            raise SpecError("records: expected a list with at least one row")
+        return self.checked(self._values(records))
+
+    def checked(self, values: Any) -> FloatArray:
+        """Nested numbers or an array -> float32 array (rows, *input_shape), or `SpecError` naming what is wrong."""
+        expected = f"({', '.join(('rows', *map(str, self.input_shape)))})"
+        try:
+            array = np.asarray(values)
+        except ValueError:
+            raise SpecError(f"{self.tensor_name}: ragged values, expected shape {expected}") from None
+        if array.dtype.kind not in "iufb" or array.dtype == np.bool_:
+            raise SpecError(f"{self.tensor_name}: expected numbers, got {_example_of_non_number(values)}")
+        if array.shape[1:] != self.input_shape or array.shape[0] == 0:
+            raise SpecError(f"{self.tensor_name}: wrong shape {array.shape}, expected {expected}")
+        result = array.astype(np.float32, copy=False)
+        if not np.isfinite(result).all():
+            raise SpecError(f"{self.tensor_name}: NaN or infinite values are not accepted")
+        return np.ascontiguousarray(result)
+
+    def _values(self, records: Sequence[Mapping[str, Any]]) -> list[Any]:
+        names = [column.name for column in self.columns]
+        try:
+            if self.is_tensor:
+                return [record[names[0]] for record in records]
+            return [[record[name] for name in names] for record in records]
+        except (KeyError, TypeError, IndexError):
+            raise SpecError(_missing_column(names, records)) from None
+
+
+def column_to_numpy(table: pa.Table, name: str) -> NDArray[Any]:
+    """One Arrow column -> array (rows, *shape); tensors and equal-length lists become trailing axes."""
+    column = table.column(name).combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks keeps extension types chunked when there are none
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    if isinstance(column, pa.FixedShapeTensorArray):
+        return column.to_numpy_ndarray()  # type: ignore[no-any-return]
+    if _is_list(column.type):
+        return _list_to_numpy(column, name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+
+
+def _list_to_numpy(column: pa.Array, name: str) -> NDArray[Any]:
+    shape: list[int] = []
+    while _is_list(column.type):
+        lengths = np.unique(column.value_lengths().to_numpy(zero_copy_only=False)) if len(column) else np.array([0])
+        if len(lengths) != 1:
+            raise SpecError(f"data: column '{name}' holds lists of different lengths ({lengths.min()} to {lengths.max()})")
+        shape.append(int(lengths[0]))
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=False).reshape(-1, *shape)  # type: ignore[no-any-return]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _missing_column(names: Sequence[str], records: Sequence[Any]) -> str:
+    for row, record in enumerate(records):
+        if not isinstance(record, dict):
+            return f"records[{row}]: expected an object with {_some(names)}, got {type(record).__name__}"
+        missing = [name for name in names if name not in record]
+        if missing:
+            return f"records[{row}]: missing {_some(missing)}"
+    return f"records: expected objects with {_some(names)}"
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _example_of_non_number(values: Any) -> str:
+    while isinstance(values, list | tuple) and values:
+        values = next((v for v in values if not isinstance(v, int | float) or isinstance(v, bool)), values[0])
+    return repr(values)[:40]

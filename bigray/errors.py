@@ -1,0 +1,87 @@
+"""Every error bigray raises on purpose.
+
+BigrayError                     exit code
+├── SpecError                   2   a file or option is wrong; lists every fault
+│   └── CapacityError           2   the cluster can never hold what was asked for
+├── TrainingFailed              3   a trial raised, diverged, or its workers died too often
+├── StorageError                4   a path cannot be read or written
+│   └── CorruptFile             4   a file's bytes do not match its manifest
+├── ClusterError                5   no cluster at the address, or it was lost
+└── DeployError                 6   the endpoint did not come up, or refused the bundle
+
+Each message is one line that names the place, the value and the way out. All of them survive pickling, since Ray
+carries them between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "BigrayError",
+    "CapacityError",
+    "ClusterError",
+    "CorruptFile",
+    "DeployError",
+    "SpecError",
+    "StorageError",
+    "TrainingFailed",
+]
+
+
+class BigrayError(Exception):
+    """The root. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class SpecError(BigrayError):
+    """What the user asked for is wrong. `faults` holds one line for each fault, all of them found together."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[str] | str) -> None:
+        self.faults = (faults,) if isinstance(faults, str) else tuple(faults)
+        super().__init__(self.faults)
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+class CapacityError(SpecError):
+    """The cluster has not the CPUs, GPUs or nodes; the message holds both numbers and the nearest thing that fits."""
+
+
+class TrainingFailed(BigrayError):
+    """A trial could not be trained; the message ends with the first line of the worker's own error."""
+
+    exit_code = 3
+
+
+class StorageError(BigrayError):
+    """A storage path cannot be read or written."""
+
+    exit_code = 4
+
+
+class CorruptFile(StorageError):
+    """A committed file does not match the hash in its manifest."""
+
+    def __init__(self, path: str, expected: str, actual: str) -> None:
+        self.path, self.expected, self.actual = path, expected, actual
+        super().__init__(path, expected, actual)
+
+    def __str__(self) -> str:
+        return f"{self.path}: corrupt, expected sha256 {self.expected}, found {self.actual}"
+
+
+class ClusterError(BigrayError):
+    """There is no Ray cluster where one was expected, or it went away."""
+
+    exit_code = 5
+
+
+class DeployError(BigrayError):
+    """The endpoint did not become healthy, or the bundle may not be served."""
+
+    exit_code = 6

@@ -1,0 +1,11 @@
+"""Model factories: plain functions of `(input_shape, num_outputs, **params)` that return a `torch.nn.Module`.
+
+Nothing here imports torch until a factory is called, so a job file can be checked in milliseconds.
+"""
+
+from bigray.models.cnn import cnn
+from bigray.models.linear import linear
+from bigray.models.mlp import mlp
+from bigray.models.resolve import build_model, load_factory
+
+__all__ = ["build_model", "cnn", "linear", "load_factory", "mlp"]

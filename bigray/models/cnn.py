@@ -1,0 +1,38 @@
+"""A small convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bigray.errors import SpecError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def cnn(
+    input_shape: tuple[int, ...], num_outputs: int, channels: Sequence[int] = (16, 32), dropout: float = 0.0
+) -> nn.Module:
+    """3x3 convolutions with ReLU, halving the image after each but the first: images -> (rows, num_outputs).
+
+    Takes (rows, H, W) or (rows, C, H, W). The last feature map is flattened, not pooled to one value, so that small
+    images keep their layout.
+    """
+    from torch import nn
+
+    if len(input_shape) not in (2, 3):
+        raise SpecError(f"cnn: expected images of shape (H, W) or (C, H, W), got {input_shape}")
+    depth, height, width = (1, *input_shape) if len(input_shape) == 2 else input_shape
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, height))] if len(input_shape) == 2 else []
+    for index, fan_out in enumerate(channels):
+        layers += [nn.Conv2d(depth, fan_out, kernel_size=3, padding=1), nn.ReLU()]
+        depth = fan_out
+        if index > 0:
+            layers.append(nn.MaxPool2d(2))
+            height, width = height // 2, width // 2
+    if min(height, width) == 0:
+        raise SpecError(f"cnn: {len(channels)} layers halve an image of {input_shape} to nothing; use fewer channels")
+    if dropout > 0:
+        layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(depth * height * width, num_outputs))

@@ -1,0 +1,50 @@
+"""The only owner of file names in a run folder.
+
+    <storage>/<run>/
+      run.json                      what was asked for, seeds, versions, git revision, data fingerprint
+      journal/<attempt>.jsonl       append-only events of each attempt
+      trials/<trial>/ckpt-<step>/   committed checkpoints
+      bundle/                       the exported winner
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from bigray.storage import Storage
+
+RUN_FILE = "run.json"
+JOURNAL = "journal"
+BUNDLE = "bundle"
+_CHECKPOINT = re.compile(r"ckpt-(\d{10})")
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """One run's folder. Picklable: the driver hands it to workers."""
+
+    storage: Storage
+    """Rooted at the run folder itself."""
+    run_id: str
+
+    @property
+    def bundle(self) -> Storage:
+        return self.storage.child(BUNDLE)
+
+    @staticmethod
+    def trial(trial_id: str) -> str:
+        return f"trials/{trial_id}"
+
+    @staticmethod
+    def checkpoint(trial_id: str, step: int) -> str:
+        return f"{RunPaths.trial(trial_id)}/ckpt-{step:010d}"
+
+    @staticmethod
+    def journal_file(attempt: int) -> str:
+        return f"{JOURNAL}/{attempt:04d}.jsonl"
+
+    def checkpoint_steps(self, trial_id: str) -> list[int]:
+        """Steps that have a checkpoint folder, committed or not, newest first."""
+        names = self.storage.list_names(self.trial(trial_id))
+        return sorted((int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))), reverse=True)

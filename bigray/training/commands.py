@@ -1,0 +1,64 @@
+"""What a worker group is told and what it tells: plain values, sent through the switchboard."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bigray.bundle import BundleManifest
+from bigray.specs import TrialSpec
+
+
+@dataclass(frozen=True)
+class TrainTo:
+    """Train a trial until `epoch` epochs are complete, from wherever its last checkpoint is. Safe to repeat."""
+
+    trial: TrialSpec
+    epoch: int
+
+
+@dataclass(frozen=True)
+class ExportBundle:
+    """Write the best weights of a trial as a bundle."""
+
+    trial: TrialSpec
+    manifest: BundleManifest
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave the command loop; Ray Train then ends the workers."""
+
+
+Command = TrainTo | ExportBundle | Stop
+
+
+@dataclass(frozen=True)
+class TrialState:
+    """Where a trial stands when its group hands it back."""
+
+    epoch: int
+    step: int
+    ended: str | None
+    """None while it could go on; else "finished", "stopped early" or "diverged"."""
+    metrics: dict[str, float]
+    """Of the last validated epoch."""
+    best_epoch: int
+    best_step: int
+    best_metrics: dict[str, float]
+    """Of the best epoch so far by the trial's selection metric; empty when none was validated."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, on its way to the journal and the screen."""
+
+    kind: str
+    """resumed, epoch, checkpoint, warning, bundle, and what the runners add (trial_started, trial_ended, ...)."""
+    trial_id: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_state(cls, trial_id: str, state: TrialState) -> Event:
+        """A trial's state as its group handed it back: what the leaderboard is made of."""
+        return cls("state", trial_id, asdict(state))

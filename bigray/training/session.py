@@ -1,0 +1,263 @@
+"""One run from its folder to its leaderboard: what `train` and `tune` have in common (driver).
+
+They differ only in how trials are driven over the worker groups; resuming, the journal, ranking and the export of the
+winner are here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from bigray.bundle import BundleManifest, FactorySpec, Origin
+from bigray.cluster.capacity import connected_capacity, local_capacity
+from bigray.cluster.connect import ensure_connected, resolve_address
+from bigray.cluster.plan import make_plan
+from bigray.data.dataset import Dataset
+from bigray.errors import TrainingFailed
+from bigray.journal import Journal, read_journal
+from bigray.paths import RUN_FILE, RunPaths
+from bigray.ranking import rank, trial_results
+from bigray.results import Leaderboard, TrialResult
+from bigray.specs import JobSpec, TrialSpec, digest
+from bigray.storage import MANIFEST, open_storage
+from bigray.training.commands import Event, ExportBundle
+from bigray.training.groups import WorkerGroups, open_groups, preload
+from bigray.training.switchboard import ask
+
+Listener = Callable[[Event], None]
+Drive = Callable[[WorkerGroups, Sequence[TrialSpec]], None]
+"""Runs every trial over the groups; pushes a `state` or `failed` event for each. Raises only if none can go on."""
+
+_VERSIONS = ("bigray", "ray", "torch", "numpy", "pyarrow", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Everything that decides a run."""
+
+    job: JobSpec
+    trials: tuple[TrialSpec, ...]
+    dataset: Dataset
+    search: dict[str, Any] | None
+    """The search spec as JSON; None for plain training."""
+
+    @property
+    def run_id(self) -> str:
+        """The job's name and a hash of everything that decides the result: the same command finds the same run."""
+        decided_by = {**self.job.fixed_by(), "search": self.search, "rows": self.dataset.fingerprint}
+        return f"{self.job.name}-{digest(decided_by)[:6]}"
+
+
+def run_trials(request: RunRequest, drive: Drive, listener: Listener, *, address: str | None, new: bool) -> Leaderboard:
+    """Run, or go on with, every trial; export the winner.
+
+    Raises:
+        CapacityError: the cluster cannot hold one worker group; nothing was started.
+        TrainingFailed: no trial reached a metric.
+    """
+    started = time.monotonic()
+    paths = _run_paths(request, new=new)
+    paths.storage.check_writable()
+    events = list(read_journal(paths))
+    resumed_from_step = max((e.get("step", 0) for e in events if e["kind"] == "checkpoint"), default=0)
+    if not _is_complete(paths, events):
+        if resolve_address(address) is None and not ray.is_initialized():
+            _plan(request, local_capacity())  # says no before Ray starts
+        _tell_start(request, paths, events, resumed_from_step, listener)
+        imports = preload()
+        ensure_connected(address)
+        imports.join()
+        _run_attempt(request, drive, listener, paths)
+    board = _leaderboard(request, paths, resumed_from_step, time.monotonic() - started)
+    listener(Event("ranked", board.winner.trial_id, {"board": board}))
+    return board
+
+
+def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths) -> None:
+    job = request.job
+    plan = _plan(request, connected_capacity())
+    paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
+    journal = Journal.open(paths)
+    journal.append("attempt", plan=plan.to_json())
+    listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
+    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
+        with _event_stream(groups, journal, listener):
+            drive(groups, request.trials)
+        winner = _winner(request, paths)
+        listener(Event("exporting", winner.trial_id))
+        with _event_stream(groups, journal, listener):
+            _export(request, groups, paths, winner)
+    journal.append("completed", winner.trial_id)
+    journal.flush()
+
+
+def _plan(request: RunRequest, capacity: Any) -> Any:
+    return make_plan(request.job, len(request.trials), request.dataset.num_rows, capacity)
+
+
+def _run_paths(request: RunRequest, *, new: bool) -> RunPaths:
+    root = open_storage(request.job.storage)
+    run_id, number = request.run_id, 1
+    while new and root.exists(run_id):
+        number += 1
+        run_id = f"{request.run_id}-{number}"
+    return RunPaths(root.child(run_id), run_id)
+
+
+def _is_complete(paths: RunPaths, events: Sequence[dict[str, Any]]) -> bool:
+    return any(event["kind"] == "completed" for event in events) and paths.bundle.exists(MANIFEST)
+
+
+def _tell_start(
+    request: RunRequest, paths: RunPaths, events: Sequence[dict[str, Any]], step: int, listener: Listener
+) -> None:
+    values: dict[str, Any] = {"run": paths.run_id, "folder": paths.storage.uri, "trials": request.trials}
+    if events:
+        ended = {event["trial"] for event in events if event["kind"] == "state" and event.get("ended")}
+        listener(Event("resuming", "", {**values, "step": step, "ended": len(ended)}))
+    else:
+        listener(Event("starting", "", values))
+
+
+@contextlib.contextmanager
+def _event_stream(groups: WorkerGroups, journal: Journal, listener: Listener) -> Iterator[None]:
+    """Carry events from the switchboard to the journal and the listener while the block runs (a driver thread)."""
+    ended = threading.Event()
+
+    def pump() -> None:
+        while True:
+            is_last_round = ended.is_set()
+            events = ask(groups.switchboard.take_events.remote(0.0 if is_last_round else 0.5))
+            for event in events:
+                journal.append(event.kind, event.trial_id, **event.values)
+                listener(event)
+            journal.flush()
+            if is_last_round:
+                return
+
+    thread = threading.Thread(target=pump, name="event-stream", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _leaderboard(request: RunRequest, paths: RunPaths, resumed_from_step: int, wall_s: float) -> Leaderboard:
+    metric, mode = _selection(request)
+    return Leaderboard(
+        run_id=paths.run_id,
+        run_uri=paths.storage.uri,
+        metric=metric,
+        mode=mode,
+        trials=rank(trial_results(request.trials, read_journal(paths)), metric, mode),
+        bundle=paths.bundle,
+        resumed_from_step=resumed_from_step,
+        wall_s=wall_s,
+    )
+
+
+def _winner(request: RunRequest, paths: RunPaths) -> TrialResult:
+    metric, mode = _selection(request)
+    results = rank(trial_results(request.trials, read_journal(paths)), metric, mode)
+    if not results or metric not in results[0].metrics:
+        errors = sorted({result.error for result in results if result.error})
+        cause = errors[0] if errors else "every trial diverged; try smaller learning rates"
+        raise TrainingFailed(f"{paths.run_id}: no trial reached a value of {metric}: {cause}")
+    return results[0]
+
+
+def _selection(request: RunRequest) -> tuple[str, Any]:
+    training = request.trials[0].training
+    return training.selection_metric, training.selection_mode
+
+
+def _export(request: RunRequest, groups: WorkerGroups, paths: RunPaths, winner: TrialResult) -> None:
+    trial = next(trial for trial in request.trials if trial.trial_id == winner.trial_id)
+    group = ask(groups.switchboard.lease.remote())
+    manifest = _manifest(request, paths, trial, winner)
+    exported = ask(groups.switchboard.execute.remote(group, ExportBundle(trial, manifest)))
+    ask(groups.switchboard.push.remote(Event("bundle", trial.trial_id, {"uri": exported.uri})))
+    ask(groups.switchboard.release.remote(group))
+
+
+def _manifest(request: RunRequest, paths: RunPaths, trial: TrialSpec, winner: TrialResult) -> BundleManifest:
+    dataset = request.dataset
+    origin = Origin(
+        run=paths.run_id,
+        trial=trial.trial_id,
+        model=trial.model_name,
+        step=winner.best_step,
+        epoch=winner.best_epoch,
+        metrics=winner.metrics,
+        config=trial.training.model_dump(mode="json"),
+        seeds=_seeds(request),
+        data_fingerprint=dataset.fingerprint,
+        git=_git_revision(),
+        versions=_versions(),
+    )
+    return BundleManifest(
+        name=request.job.name,
+        origin=origin,
+        inputs=dataset.inputs,
+        preprocessing=dataset.preprocessing,
+        outputs=dataset.outputs,
+        factory=FactorySpec(factory=trial.model.factory, params=trial.model.params),
+        example=dataset.example,
+    )
+
+
+def _run_document(request: RunRequest, paths: RunPaths) -> dict[str, Any]:
+    return {
+        "run": paths.run_id,
+        "job": request.job.model_dump(mode="json"),
+        "search": request.search,
+        "trials": [trial.model_dump(mode="json") for trial in request.trials],
+        "seeds": _seeds(request),
+        "data": {
+            "fingerprint": request.dataset.fingerprint,
+            "rows": request.dataset.num_rows,
+            "inputs": request.dataset.inputs.model_dump(mode="json"),
+            "outputs": request.dataset.outputs.model_dump(mode="json"),
+        },
+        "versions": _versions(),
+        "git": _git_revision(),
+    }
+
+
+def _seeds(request: RunRequest) -> dict[str, int]:
+    return {"job": request.job.seed, "split": request.job.data.split.seed}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # running from a plain checkout
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _git_revision() -> str | None:
+    """The commit the working folder is at, `+dirty` with uncommitted changes; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def silent(_: Event) -> None:
+    """The listener of a caller who wants only the result."""

@@ -1,0 +1,23 @@
+"""What a worker group knows from its start. Apart from `worker`, so that the driver need not import torch for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bigray.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class GroupSetup:
+    """Sent to each worker by Ray Train."""
+
+    group: int
+    switchboard: Any
+    """Actor handle of `Switchboard`."""
+    data: Any
+    """Object reference of `TrainingArrays`; every worker of a node maps the one copy."""
+    num_outputs: int
+    paths: RunPaths
+    attempt: int
+    threads_per_worker: int

@@ -1,0 +1,46 @@
+"""What a task minimises and reports: the loss and the torchmetrics of classification and regression (worker)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigray.specs import Task
+
+if TYPE_CHECKING:
+    import torch
+    import torchmetrics
+
+
+def summed_loss(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over the samples: cross-entropy of logits (rows, classes), or squared error of (rows, 1)."""
+    from torch.nn import functional
+
+    if task == "classification":
+        return functional.cross_entropy(outputs.float(), targets, reduction="sum")
+    return functional.mse_loss(outputs.float().squeeze(-1), targets, reduction="sum")
+
+
+def make_metrics(task: Task, num_outputs: int) -> torchmetrics.MetricCollection:
+    """The task's validation metrics under the names of `bigray.specs.METRICS`; they sum over ranks by themselves."""
+    from torchmetrics import MetricCollection, classification, regression
+
+    if task == "classification":
+        return MetricCollection(
+            {
+                "val_accuracy": classification.MulticlassAccuracy(num_outputs, average="micro"),
+                "val_macro_recall": classification.MulticlassRecall(num_outputs, average="macro"),
+                "val_macro_f1": classification.MulticlassF1Score(num_outputs, average="macro"),
+            }
+        )
+    return MetricCollection(
+        {
+            "val_mse": regression.MeanSquaredError(),
+            "val_mae": regression.MeanAbsoluteError(),
+            "val_r2": regression.R2Score(),
+        }
+    )
+
+
+def to_predictions(task: Task, outputs: torch.Tensor) -> torch.Tensor:
+    """Model outputs -> what the metrics compare with the targets."""
+    return outputs.argmax(dim=1) if task == "classification" else outputs.float().squeeze(-1)

@@ -1,0 +1,1 @@
+"""Ray Tune over learning rates, batch sizes and models."""
