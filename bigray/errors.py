@@ -15,7 +15,8 @@ carries them between processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BigrayError",
@@ -26,6 +27,7 @@ __all__ = [
     "SpecError",
     "StorageError",
     "TrainingFailed",
+    "did_you_mean",
 ]
 
 
@@ -85,3 +87,10 @@ class DeployError(BigrayError):
     """The endpoint did not become healthy, or the bundle may not be served."""
 
     exit_code = 6
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: `, did you mean 'x'?`, or the list of what is known where nothing is near."""
+    options = sorted(known)
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(options)}"

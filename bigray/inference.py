@@ -37,7 +37,8 @@ class Predictions:
         """One JSON object a row: `{"label", "probabilities"}` or `{"value"}`."""
         if self.values is not None:
             return [{"value": value} for value in self.values.tolist()]
-        assert self.labels is not None and self.probabilities is not None
+        assert self.labels is not None
+        assert self.probabilities is not None
         rows = zip(self.labels, self.probabilities.tolist(), strict=True)
         return [{"label": label, "probabilities": row} for label, row in rows]
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from bigray.errors import SpecError
+from bigray.data.sources import check_source
+from bigray.errors import SpecError, StorageError, did_you_mean
+from bigray.models.resolve import load_factory
 from bigray.presets import find_preset
 from bigray.specs import JobSpec, SearchSpec, TrainingSpec, unknown_metric
+from bigray.storage import open_storage
 
 SpecType = TypeVar("SpecType", bound=BaseModel)
 
@@ -28,9 +30,14 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     """
     document = _read_toml(Path(path))
     faults = [fault for override in overrides if (fault := _apply_override(document, override))]
+    try:
+        job = validate_document(JobSpec, document, str(path))
+    except SpecError as error:
+        faults += error.faults
+    faults += [f"{path}: {fault}" for fault in _reference_faults(document)]
     if faults:
         raise SpecError(faults)
-    return validate_document(JobSpec, document, str(path))
+    return job
 
 
 def load_search(path: str | Path, job: JobSpec | None = None) -> SearchSpec:
@@ -44,6 +51,24 @@ def load_search(path: str | Path, job: JobSpec | None = None) -> SearchSpec:
     if faults:
         raise SpecError([f"{path}: {fault}" for fault in faults])
     return search
+
+
+def _reference_faults(document: dict[str, Any]) -> Iterable[str]:
+    """What the file points to and is not there. Read from the raw document, so that it is told beside other faults."""
+    data, models = document.get("data"), document.get("models")
+    references: list[tuple[str, Any, Callable[[str], object]]] = []
+    if isinstance(data, dict):
+        references.append(("data.source", data.get("source"), check_source))
+    if isinstance(models, dict):
+        factories = [(name, model.get("factory")) for name, model in models.items() if isinstance(model, dict)]
+        references += [(f"models.{name}.factory", path, load_factory) for name, path in factories]
+    references.append(("storage", document.get("storage", "runs"), lambda uri: open_storage(uri).check_writable()))
+    for place, reference, check in references:
+        if isinstance(reference, str):
+            try:
+                check(reference)
+            except (SpecError, StorageError) as error:
+                yield f"{place}: {error}"
 
 
 def _search_faults(search: SearchSpec, job: JobSpec | None) -> Iterable[str]:
@@ -81,13 +106,6 @@ def validate_document(model: type[SpecType], document: dict[str, Any], file: str
             place = ".".join(str(part) for part in detail["loc"] if part != "[key]")
             lines.append(": ".join(filter(None, (file, place, _describe(detail, model)))))
         raise SpecError(lines) from None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?`, or the list of what is known where nothing is near."""
-    options = sorted(known)
-    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(options)}"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

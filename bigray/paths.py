@@ -1,10 +1,10 @@
 """The only owner of file names in a run folder.
 
-    <storage>/<run>/
-      run.json                      what was asked for, seeds, versions, git revision, data fingerprint
-      journal/<attempt>.jsonl       append-only events of each attempt
-      trials/<trial>/ckpt-<step>/   committed checkpoints
-      bundle/                       the exported winner
+<storage>/<run>/
+  run.json                      what was asked for, seeds, versions, git revision, data fingerprint
+  journal/<attempt>.jsonl       append-only events of each attempt
+  trials/<trial>/ckpt-<step>/   committed checkpoints
+  bundle/                       the exported winner
 """
 
 from __future__ import annotations

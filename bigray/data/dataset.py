@@ -16,8 +16,7 @@ from bigray.data.features import Column, FeatureSchema, column_to_numpy
 from bigray.data.preprocessing import Preprocessing, fit_preprocessing
 from bigray.data.sources import read_table
 from bigray.data.splitting import fingerprint, row_hashes, split_rows
-from bigray.errors import SpecError
-from bigray.loading import did_you_mean
+from bigray.errors import SpecError, did_you_mean
 from bigray.specs import DataSpec, Task
 
 Targets = NDArray[np.int64] | NDArray[np.float32]

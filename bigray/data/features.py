@@ -75,7 +75,8 @@ class FeatureSchema(BaseModel):
             raise SpecError(f"{self.tensor_name}: expected numbers, got {_example_of_non_number(values)}")
         if array.shape[1:] != self.input_shape or array.shape[0] == 0:
             raise SpecError(f"{self.tensor_name}: wrong shape {array.shape}, expected {expected}")
-        result = array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            result = array.astype(np.float32, copy=False)
         if not np.isfinite(result).all():
             raise SpecError(f"{self.tensor_name}: NaN or infinite values are not accepted")
         return np.ascontiguousarray(result)
@@ -109,7 +110,9 @@ def _list_to_numpy(column: pa.Array, name: str) -> NDArray[Any]:
     while _is_list(column.type):
         lengths = np.unique(column.value_lengths().to_numpy(zero_copy_only=False)) if len(column) else np.array([0])
         if len(lengths) != 1:
-            raise SpecError(f"data: column '{name}' holds lists of different lengths ({lengths.min()} to {lengths.max()})")
+            raise SpecError(
+                f"data: column '{name}' holds lists of different lengths ({lengths.min()} to {lengths.max()})"
+            )
         shape.append(int(lengths[0]))
         column = column.flatten()
     return column.to_numpy(zero_copy_only=False).reshape(-1, *shape)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,31 @@ def read_table(source: str) -> pa.Table:
     Raises:
         SpecError: nothing is there, the kind is unknown, or it cannot be read.
     """
+    check_source(source)
     if _FUNCTION.fullmatch(source):
         return _call(source)
-    paths = sorted(glob.glob(source)) if glob.has_magic(source) else [source]
-    if not paths or not Path(paths[0]).exists():
-        raise SpecError(f"'{source}': no such file or folder")
-    readers = {".csv": _read_csv, ".npz": _read_npz}
-    kind = Path(paths[0]).suffix.lower()
+    paths = _paths(source)
+    reader = _READERS.get(Path(paths[0]).suffix.lower(), _read_parquet)
     try:
-        if kind in readers:
-            return pa.concat_tables([readers[kind](path) for path in paths])
-        if kind == ".parquet" or Path(paths[0]).is_dir():
-            return _read_parquet(source, paths)
+        table = reader(paths)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SpecError(f"'{source}': cannot be read: {str(error).splitlines()[0]}") from error
-    raise SpecError(f"'{source}': unknown kind '{kind}'; use .parquet, .csv, .npz, or 'package.module:function'")
+    if table.num_rows == 0:
+        raise SpecError(f"'{source}': holds no rows")
+    return table
+
+
+def check_source(source: str) -> None:
+    """Raise `SpecError` unless the source is there and of a kind `read_table` knows; reads nothing."""
+    if _FUNCTION.fullmatch(source):
+        load_factory(source)
+        return
+    paths = _paths(source)
+    if not paths or not Path(paths[0]).exists():
+        raise SpecError(f"'{source}': no such file or folder (looked in {Path.cwd()})")
+    kind = Path(paths[0]).suffix.lower()
+    if kind not in _READERS and not Path(paths[0]).is_dir():
+        raise SpecError(f"'{source}': unknown kind '{kind}'; use .parquet, .csv, .npz, or 'package.module:function'")
 
 
 def table_from_arrays(arrays: Mapping[str, Any]) -> pa.Table:
@@ -64,25 +74,35 @@ def _call(source: str) -> pa.Table:
     raise SpecError(f"'{source}': returned {type(result).__name__}, expected a pyarrow.Table or a dict of arrays")
 
 
-def _read_parquet(source: str, paths: list[str]) -> pa.Table:
+def _paths(source: str) -> list[str]:
+    return sorted(glob.glob(source)) if glob.has_magic(source) else [source]
+
+
+def _read_parquet(paths: list[str]) -> pa.Table:
     from pyarrow import dataset
 
-    target = paths[0] if len(paths) == 1 else paths
-    table = dataset.dataset(target, format="parquet").to_table()
-    if table.num_rows == 0:
-        raise SpecError(f"'{source}': holds no rows")
-    return table
+    return dataset.dataset(paths[0] if len(paths) == 1 else paths, format="parquet").to_table()
 
 
-def _read_csv(path: str) -> pa.Table:
+def _read_csv(paths: list[str]) -> pa.Table:
     from pyarrow import csv
 
-    return csv.read_csv(path)
+    return pa.concat_tables([csv.read_csv(path) for path in paths])
 
 
-def _read_npz(path: str) -> pa.Table:
-    with np.load(path, allow_pickle=False) as archive:
-        return table_from_arrays(dict(archive))
+def _read_npz(paths: list[str]) -> pa.Table:
+    def read(path: str) -> pa.Table:
+        with np.load(path, allow_pickle=False) as archive:
+            return table_from_arrays(dict(archive))
+
+    return pa.concat_tables([read(path) for path in paths])
+
+
+_READERS: dict[str, Callable[[list[str]], pa.Table]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".npz": _read_npz,
+}
 
 
 def _to_arrow(values: np.ndarray[Any, Any]) -> pa.Array:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from bigray.errors import SpecError
+from bigray.errors import SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,9 +28,8 @@ def load_factory(path: str) -> Callable[..., Any]:
         raise SpecError(f"'{path}': cannot import '{module_name}': {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not callable(found):
-        near = difflib.get_close_matches(name, [n for n in dir(module) if not n.startswith("_")], n=1)
-        hint = f", did you mean '{module_name}:{near[0]}'?" if near else ""
-        raise SpecError(f"'{path}': '{module_name}' has no callable '{name}'{hint}")
+        callables = [n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n))]
+        raise SpecError(f"'{path}': '{module_name}' has no callable '{name}'{did_you_mean(name, callables)}")
     return found  # type: ignore[no-any-return]
 
 

@@ -10,4 +10,4 @@ from bigray.serve.replica import Model
 
 def build(args: BundleArgs) -> serve.Application:
     """The application that serves the bundle named in `args` (Ray calls this in a task on the cluster)."""
-    return Model.bind(args)
+    return Model.bind(args)  # type: ignore[attr-defined, unused-ignore]

@@ -43,7 +43,7 @@ class ModelApp:
         self._batcher = batcher
         self._max_body_bytes = max_body_bytes
         self._routes = self._build_routes(backend)
-        self._headers = (
+        self._headers: tuple[tuple[bytes, bytes], ...] = (
             (b"content-type", b"application/json"),
             (b"x-bigray-version", self._version.encode()),
         )

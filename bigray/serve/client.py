@@ -51,7 +51,9 @@ class Endpoint:
             document = json.loads(content)
         except ValueError:
             start = content[:80].decode(errors="replace")
-            raise DeployError(f"{self._url}{path}: answered {answer.status} with something else than JSON: {start}") from None
+            raise DeployError(
+                f"{self._url}{path}: answered {answer.status} with something else than JSON: {start}"
+            ) from None
         if answer.status != 200:
             text = document.get("error", document) if isinstance(document, dict) else document
             raise DeployError(f"{self._url}{path}: answered {answer.status}: {text}")
@@ -164,7 +166,10 @@ def _read_arrow(file: Path) -> list[dict[str, Any]]:
 
 
 def _connection(url: str, parts: SplitResult) -> http.client.HTTPConnection:
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    kinds: dict[str, type[http.client.HTTPConnection]] = {
+        "http": http.client.HTTPConnection,
+        "https": http.client.HTTPSConnection,
+    }
     if parts.scheme not in kinds or not parts.hostname:
         raise SpecError(f"{url}: expected the address of an endpoint, such as http://127.0.0.1:8000")
     try:

@@ -90,9 +90,7 @@ def _post(summary: str, body: Schema, example: Schema, answer: Schema) -> Schema
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body, "example": example}}},
         "responses": {"200": _response("The predictions.", answer)}
-        | {
-            status: _response(text, {"$ref": "#/components/schemas/Error"}) for status, text in refusals.items()
-        },
+        | {status: _response(text, {"$ref": "#/components/schemas/Error"}) for status, text in refusals.items()},
     }
 
 

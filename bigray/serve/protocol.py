@@ -61,7 +61,8 @@ def encode_records(predictions: Predictions, model: str, version: str) -> bytes:
     if predictions.values is not None:
         records = [{"value": value} for value in predictions.values.tolist()]
     else:
-        assert predictions.labels is not None and predictions.probabilities is not None
+        assert predictions.labels is not None
+        assert predictions.probabilities is not None
         pairs = zip(predictions.labels, predictions.probabilities, strict=True)
         records = [{"label": label, "probabilities": row} for label, row in pairs]
     document = {"model": model, "version": version, "predictions": records}
@@ -102,7 +103,8 @@ def output_tensors(predictions: Predictions) -> dict[str, tuple[str, list[int], 
     if predictions.values is not None:
         return {"prediction": ("FP32", [len(predictions.values)], predictions.values)}
     labels, probabilities = predictions.labels, predictions.probabilities
-    assert labels is not None and probabilities is not None
+    assert labels is not None
+    assert probabilities is not None
     return {
         "label": (label_datatype(labels), [len(labels)], labels),
         "probabilities": ("FP32", list(probabilities.shape), np.ascontiguousarray(probabilities).reshape(-1)),
@@ -166,7 +168,7 @@ def _decode_output_names(outputs: Any, schema: OutputSchema) -> tuple[str, ...]:
     known = ("label", "probabilities") if schema.task == "classification" else ("prediction",)
     if not isinstance(outputs, list):
         raise SpecError(f"outputs: expected a list of objects with a 'name' out of {', '.join(known)}")
-    names = tuple(output.get("name") if isinstance(output, dict) else output for output in outputs)
+    names = tuple(str(output.get("name")) if isinstance(output, dict) else str(output) for output in outputs)
     for name in names:
         if name not in known:
             raise SpecError(f"outputs: the model has no output {name!r}, only {', '.join(known)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +84,4 @@ def _export(module: nn.Module, example: Any) -> bytes:
     rows = torch.export.Dim("rows", min=1)
     program = torch.onnx.export(module, (example,), dynamic_shapes=({0: rows},), dynamo=True, verbose=False)
     assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)
-    return buffer.getvalue()
+    return bytes(program.model_proto.SerializeToString())

@@ -1,9 +1,9 @@
 """A trial's state on storage: safetensors and JSON in a committed folder, no pickle.
 
-    model.safetensors       weights after `step` optimizer steps
-    optimizer.safetensors   optimizer state, one tensor for each parameter and slot
-    best.safetensors        weights of the best epoch, where it is not this one
-    progress.json           cursor (epoch, batch, step), best epoch, and whether the trial ended
+model.safetensors       weights after `step` optimizer steps
+optimizer.safetensors   optimizer state, one tensor for each parameter and slot
+best.safetensors        weights of the best epoch, where it is not this one
+progress.json           cursor (epoch, batch, step), best epoch, and whether the trial ended
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ class Exported:
     why_no_onnx: str | None
 
 
-def export_bundle(
-    paths: RunPaths, trial: TrialSpec, manifest: BundleManifest, sample: NDArray[np.float32]
-) -> Exported:
+def export_bundle(paths: RunPaths, trial: TrialSpec, manifest: BundleManifest, sample: NDArray[np.float32]) -> Exported:
     """Write `bundle/` from the trial's best weights.
 
     `sample` holds standardised rows (rows, *input_shape) on which the ONNX export must agree with the module.

@@ -73,8 +73,12 @@ def open_groups(
             thread.start()
         try:
             yield WorkerGroups(switchboard, count)
-        finally:
-            _stop(switchboard, threads)
+        except BaseException:
+            # an error or Ctrl-C: the workers may be hours from their next command, so they are not waited for;
+            # they end with this process's connection
+            ray.kill(switchboard)
+            raise
+        _stop(switchboard, threads)
 
 
 def _setup(

@@ -59,9 +59,9 @@ class TrialTraining:
         self.best_weights: StateDict | None = None
         self._num_outputs = num_outputs
         torch.manual_seed(trial.seed)
-        self.module = build_model(
-            trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs
-        ).to(worker.device)
+        self.module = build_model(trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs).to(
+            worker.device
+        )
         self._replica = _wrap(self.module, worker)
         self._optimizer = _make_optimizer(trial, self.module)
         self._metrics = make_metrics(trial.training.task, num_outputs).to(worker.device)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bigray.data.dataset import Dataset, prepare_dataset
-from bigray.errors import SpecError, TrainingFailed
+from bigray.errors import TrainingFailed
 from bigray.results import Leaderboard
 from bigray.specs import JobSpec, TrialSpec
 from bigray.training.commands import Event, TrainTo
 from bigray.training.groups import WorkerGroups
+from bigray.training.request import RunRequest, make_request
+from bigray.training.session import Listener, run_trials, silent
 from bigray.training.switchboard import ask
-from bigray.training.session import Listener, RunRequest, run_trials, silent
 
 
 def train(
@@ -26,9 +26,13 @@ def train(
         CapacityError: the cluster cannot hold one worker group.
         TrainingFailed: no model could be trained.
     """
-    dataset = prepare_dataset(job.data, job.training.task)
-    request = RunRequest(job, training_trials(job), dataset, search=None)
-    check_trials(request.trials, dataset)
+    return train_request(make_request(job, training_trials(job)), address=address, listener=listener, new=new)
+
+
+def train_request(
+    request: RunRequest, *, address: str | None = None, listener: Listener | None = None, new: bool = False
+) -> Leaderboard:
+    """`train` for a request whose data has been prepared already."""
     return run_trials(request, _drive, listener or silent, address=address, new=new)
 
 
@@ -40,20 +44,14 @@ def training_trials(job: JobSpec) -> tuple[TrialSpec, ...]:
     )
 
 
-def check_trials(trials: Sequence[TrialSpec], dataset: Dataset) -> None:
-    """Refuse what the data makes impossible, before anything starts."""
-    rows = dataset.num_rows["train"]
-    sizes = sorted({t.training.global_batch_size for t in trials if t.training.global_batch_size > rows})
-    if sizes:
-        raise SpecError(
-            [f"training.global_batch_size: {size} is more than the {rows} training rows" for size in sizes]
-        )
-
-
 def _drive(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
-    with ThreadPoolExecutor(groups.count, thread_name_prefix="trial") as pool:
+    pool = ThreadPoolExecutor(groups.count, thread_name_prefix="trial")
+    try:
         for done in [pool.submit(_train_one, groups.switchboard, trial) for trial in trials]:
             done.result()
+    finally:
+        # without waiting: after Ctrl-C the threads are inside calls that end only with their groups
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _train_one(switchboard: Any, trial: TrialSpec) -> None:

@@ -14,7 +14,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -23,16 +22,16 @@ from bigray.bundle import BundleManifest, FactorySpec, Origin
 from bigray.cluster.capacity import connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.plan import make_plan
-from bigray.data.dataset import Dataset
 from bigray.errors import TrainingFailed
 from bigray.journal import Journal, read_journal
 from bigray.paths import RUN_FILE, RunPaths
 from bigray.ranking import rank, trial_results
 from bigray.results import Leaderboard, TrialResult
-from bigray.specs import JobSpec, TrialSpec, digest
+from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, open_storage
 from bigray.training.commands import Event, ExportBundle
 from bigray.training.groups import WorkerGroups, open_groups, preload
+from bigray.training.request import RunRequest
 from bigray.training.switchboard import ask
 
 Listener = Callable[[Event], None]
@@ -40,23 +39,6 @@ Drive = Callable[[WorkerGroups, Sequence[TrialSpec]], None]
 """Runs every trial over the groups; pushes a `state` or `failed` event for each. Raises only if none can go on."""
 
 _VERSIONS = ("bigray", "ray", "torch", "numpy", "pyarrow", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """Everything that decides a run."""
-
-    job: JobSpec
-    trials: tuple[TrialSpec, ...]
-    dataset: Dataset
-    search: dict[str, Any] | None
-    """The search spec as JSON; None for plain training."""
-
-    @property
-    def run_id(self) -> str:
-        """The job's name and a hash of everything that decides the result: the same command finds the same run."""
-        decided_by = {**self.job.fixed_by(), "search": self.search, "rows": self.dataset.fingerprint}
-        return f"{self.job.name}-{digest(decided_by)[:6]}"
 
 
 def run_trials(request: RunRequest, drive: Drive, listener: Listener, *, address: str | None, new: bool) -> Leaderboard:
@@ -71,7 +53,9 @@ def run_trials(request: RunRequest, drive: Drive, listener: Listener, *, address
     paths.storage.check_writable()
     events = list(read_journal(paths))
     resumed_from_step = max((e.get("step", 0) for e in events if e["kind"] == "checkpoint"), default=0)
-    if not _is_complete(paths, events):
+    if _is_complete(paths, events):
+        listener(Event("complete", "", {"run": paths.run_id}))
+    else:
         if resolve_address(address) is None and not ray.is_initialized():
             _plan(request, local_capacity())  # says no before Ray starts
         _tell_start(request, paths, events, resumed_from_step, listener)

@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from bigray.data.dataset import prepare_dataset
 from bigray.errors import TrainingFailed
 from bigray.results import Leaderboard
 from bigray.specs import JobSpec, SearchSpec, TrialSpec
 from bigray.training.groups import WorkerGroups
-from bigray.training.runner import check_trials
-from bigray.training.session import Listener, RunRequest, run_trials, silent
+from bigray.training.request import RunRequest, make_request
+from bigray.training.session import Listener, run_trials, silent
 from bigray.tuning.space import rungs, search_trials
 
 TRIAL_MEMORY_BYTES = 64 * 2**20
@@ -36,10 +35,19 @@ def tune(
         CapacityError: the cluster cannot hold one worker group.
         TrainingFailed: no trial reached a metric.
     """
-    dataset = prepare_dataset(job.data, job.training.task)
-    trials = search_trials(job, search)
-    check_trials(trials, dataset)
-    request = RunRequest(job, trials, dataset, search=search.model_dump(mode="json"))
+    request = make_request(job, search_trials(job, search), search.model_dump(mode="json"))
+    return tune_request(request, search, address=address, listener=listener, new=new)
+
+
+def tune_request(
+    request: RunRequest,
+    search: SearchSpec,
+    *,
+    address: str | None = None,
+    listener: Listener | None = None,
+    new: bool = False,
+) -> Leaderboard:
+    """`tune` for a request whose data has been prepared already."""
 
     def drive(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
         _run_tuner(search, groups, trials)

@@ -35,9 +35,7 @@ def app(bundle: ModelBundle, predictor: Predictor) -> ModelApp:
 def call(app: ModelApp, method: str, path: str, body: bytes = b"", *, chunk: int = 300, root_path: str = "") -> Answer:
     """One request, its body in chunks as a server would hand it over."""
     parts = [body[i : i + chunk] for i in range(0, len(body), chunk)] or [b""]
-    messages = [
-        {"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)
-    ]
+    messages = [{"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)]
     sent: list[dict] = []
 
     async def receive():
@@ -64,7 +62,9 @@ def test_a_good_request_is_answered_as_offline(app, bundle, predictor):
     assert np.allclose(prediction["probabilities"], offline.probabilities[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["/", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/animals", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/animals", "/openapi.json"]
+)
 def test_every_get_route_answers(app, path):
     assert call(app, "GET", path).status == 200
 

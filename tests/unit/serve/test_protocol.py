@@ -110,7 +110,11 @@ def test_infer_answers_name_their_tensors(bundle: ModelBundle, predictor: Predic
     answer = json.loads(encode_infer(predictor.run(request.rows), request, "animals", "abc"))
     label, probabilities = answer["outputs"]
     assert (label["name"], label["datatype"], label["shape"]) == ("label", "BYTES", [1])
-    assert (probabilities["name"], probabilities["datatype"], probabilities["shape"]) == ("probabilities", "FP32", [1, 3])
+    assert (probabilities["name"], probabilities["datatype"], probabilities["shape"]) == (
+        "probabilities",
+        "FP32",
+        [1, 3],
+    )
     assert len(probabilities["data"]) == 3
     assert "id" not in answer
 

@@ -1,0 +1,337 @@
+"""The command line: parse, call, print. What a command does is in the module it calls.
+
+Heavy modules are imported inside the commands, so that a fault in a job file is told in a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from bigray.errors import BigrayError
+
+if TYPE_CHECKING:
+    from bigray.results import Leaderboard
+    from bigray.serve.runner import Deployment
+    from bigray.training.request import RunRequest
+    from bigray.workflow import Asked
+
+app = typer.Typer(
+    name="bigray",
+    help="Train a PyTorch model on a Ray cluster, search its learning rate and batch size, and serve the winner.",
+    epilog="Try it: bigray run examples/digits/job.toml --search tuning/lr_batch.toml --serve serve/local.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB", help="The job file, such as examples/digits/job.toml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set training.lr=1e-3.")
+]
+SearchFile = Annotated[str | None, typer.Option("--search", help="A search file, such as tuning/lr_batch.toml.")]
+ServeFile = Annotated[str | None, typer.Option("--serve", help="A serve file, such as serve/local.yaml.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Cluster to join ('auto': the one on this machine). [env: RAY_ADDRESS]")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
+New = Annotated[bool, typer.Option("--new", help="Start afresh beside an earlier run of the same settings.")]
+
+
+@app.command(epilog="Example: bigray plan examples/digits/job.toml --search tuning/lr_batch.toml")
+def plan(
+    job: JobFile,
+    search: SearchFile = None,
+    serve: ServeFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job would start and whether it fits; start nothing."""
+    from bigray import console
+    from bigray.workflow import plan_request, read_files, request_of
+
+    asked = read_files(job, set_ or (), search, serve)
+    planned = plan_request(request_of(asked), asked.serve, address=address)
+    console.print_json(planned.to_json()) if as_json else console.print_plan(planned)
+
+
+@app.command(epilog="Example: bigray train examples/linear/job.toml --set training.lr=0.1")
+def train(
+    job: JobFile, set_: Overrides = None, address: Address = None, new: New = False, as_json: AsJson = False
+) -> None:
+    """Train every model of a job. The same command again resumes."""
+    _train_or_tune(job, None, set_, address, new, as_json)
+
+
+@app.command(epilog="Example: bigray tune examples/digits/job.toml --search tuning/lr_batch.toml")
+def tune(
+    job: JobFile,
+    search: Annotated[str, typer.Option("--search", help="A search file.")] = "tuning/lr_batch.toml",
+    set_: Overrides = None,
+    address: Address = None,
+    new: New = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search learning rates and batch sizes for every model of a job. The same command again goes on."""
+    _train_or_tune(job, search, set_, address, new, as_json)
+
+
+@app.command(epilog="Example: bigray deploy runs/digits-1a2b3c --config serve/autoscale.yaml")
+def deploy(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a bundle folder.")],
+    config: Annotated[str, typer.Option("--config", help="A serve file.")] = "serve/local.yaml",
+    address: Address = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="Only write the native file with the run's bundle filled in, for Ray's `serve deploy`."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the winner of a run. On a joined cluster it stays up; a local Ray serves until Ctrl-C."""
+    from bigray.serve.config import load_serve
+    from bigray.workflow import find_bundle
+
+    spec = load_serve(config)
+    bundle = find_bundle(run)
+    if write_config is not None:
+        _write_native_config(bundle, spec, write_config)
+        return
+    from bigray.cluster.connect import connect
+    from bigray.serve.runner import deploy as deploy_bundle
+
+    with connect(address) as connection:
+        deployment = deploy_bundle(bundle, spec)
+        document = _show_deployment(deployment, bundle, as_json=as_json)
+        if as_json:
+            _print_json(document)
+        if connection.embedded:
+            _serve_until_interrupted()
+
+
+@app.command(
+    epilog="Example: bigray run examples/digits/job.toml --search tuning/lr_batch.toml --serve serve/local.yaml --exit"
+)
+def run(
+    job: JobFile,
+    search: SearchFile = None,
+    serve: Annotated[str, typer.Option("--serve", help="A serve file.")] = "serve/local.yaml",
+    set_: Overrides = None,
+    address: Address = None,
+    new: New = False,
+    exit_: Annotated[bool, typer.Option("--exit", help="End the endpoint after the check, and leave nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train or tune, deploy the winner, and check it over HTTP on the sealed holdout."""
+    from bigray.cluster.connect import connect
+    from bigray.serve.runner import delete as delete_application
+    from bigray.serve.runner import deploy as deploy_bundle
+    from bigray.workflow import check_holdout, plan_request, read_files, request_of
+
+    asked = read_files(job, set_ or (), search, serve)
+    assert asked.serve is not None, "read_files loads the serve file it is given"
+    request = request_of(asked)
+    plan_request(request, asked.serve) if not _is_joining(address) else None
+    with connect(address) as connection:
+        plan_request(request, asked.serve, address=address)
+        board = _execute(request, asked, address, new, as_json)
+        document = _show_board(board, as_json=as_json)
+        deployment = deploy_bundle(board.bundle.uri, asked.serve)
+        document |= _show_deployment(deployment, board.bundle.uri, as_json=as_json)
+        check = check_holdout(board.bundle.uri, request.dataset, deployment.url)
+        document |= _show_check(check, as_json=as_json)
+        if as_json:
+            _print_json(document)
+        if exit_:
+            delete_application(deployment.name)
+        elif connection.embedded:
+            _serve_until_interrupted()
+    if not check.all_equal:
+        raise typer.Exit(6)
+
+
+@app.command(epilog="Example: bigray submit examples/digits/job.toml --address http://head:8265 --set storage=/shared")
+def submit(
+    job: JobFile,
+    search: SearchFile = None,
+    serve: Annotated[str, typer.Option("--serve", help="A serve file.")] = "serve/local.yaml",
+    set_: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="The cluster's dashboard. [env: RAY_API_SERVER_ADDRESS, RAY_ADDRESS]")
+    ] = None,
+    exit_: Annotated[bool, typer.Option("--exit", help="End the endpoint after the check.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job's output.")] = False,
+) -> None:
+    """Send `bigray run` to a cluster as a Ray job, with this folder, and follow it."""
+    from bigray.cluster.submit import run_command, submit_job
+    from bigray.workflow import read_files
+
+    asked = read_files(job, set_ or (), search, serve)
+    command = run_command(job, search=search, serve=serve, overrides=set_ or (), leave=exit_)
+    raise typer.Exit(submit_job(command, storage=asked.job.storage, address=address, follow=not no_wait))
+
+
+@app.command(epilog="Example: bigray status")
+def status(address: Address = None, as_json: AsJson = False) -> None:
+    """Show what is served, and by how many replicas, on a cluster ('auto' when no address is given)."""
+    from dataclasses import asdict
+
+    from bigray import console
+    from bigray.cluster.connect import connect
+    from bigray.serve.runner import status as read_status
+
+    with connect(_existing_cluster(address)):
+        rows = read_status()
+    console.print_json([asdict(row) for row in rows]) if as_json else console.print_status(rows)
+
+
+@app.command(epilog="Example: bigray predict http://127.0.0.1:8000 rows.csv")
+def predict(
+    url: Annotated[str, typer.Argument(help="Root of the endpoint.")],
+    file: Annotated[str, typer.Argument(help="Rows as .json, .csv, .parquet or .arrow.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+) -> None:
+    """Ask an endpoint about the rows of a file; prints one JSON object a row."""
+    from bigray import console
+    from bigray.serve.client import predict_file
+
+    console.print_predictions(predict_file(url, file, limit))
+
+
+@app.command(epilog="Example: bigray delete model")
+def delete(
+    name: Annotated[str, typer.Argument(help="The application's name, as `bigray status` shows it.")],
+    address: Address = None,
+) -> None:
+    """Take an endpoint down."""
+    from bigray import console
+    from bigray.cluster.connect import connect
+    from bigray.serve.runner import delete as delete_application
+
+    with connect(_existing_cluster(address)):
+        delete_application(name)
+    console.say(f"deleted {name}")
+
+
+def main() -> None:
+    """Entry point: runs the command, and turns errors into one line each and an exit code by kind."""
+    sys.path.insert(0, os.getcwd())  # 'package.module:function' in a job file is found as with `python -m`
+    from bigray import console
+
+    try:
+        result = app(standalone_mode=False)
+    except BigrayError as error:
+        console.print_error(error)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        console.say("interrupted; the same command goes on where it stopped")
+        sys.exit(130)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _train_or_tune(
+    job: str, search: str | None, overrides: list[str] | None, address: str | None, new: bool, as_json: bool
+) -> None:
+    from bigray.cluster.connect import connect
+    from bigray.workflow import plan_request, read_files, request_of
+
+    asked = read_files(job, overrides or (), search)
+    request = request_of(asked)
+    if not _is_joining(address):
+        plan_request(request)  # says no before Ray starts
+    with connect(address):
+        board = _execute(request, asked, address, new, as_json)
+    document = _show_board(board, as_json=as_json)
+    if as_json:
+        _print_json(document)
+
+
+def _execute(request: RunRequest, asked: Asked, address: str | None, new: bool, as_json: bool) -> Leaderboard:
+    from bigray import console
+    from bigray.training.runner import train_request
+    from bigray.tuning.runner import tune_request
+
+    with console.run_view(quiet=as_json) as view:
+        if asked.search is None:
+            return train_request(request, address=address, listener=view, new=new)
+        return tune_request(request, asked.search, address=address, listener=view, new=new)
+
+
+def _is_joining(address: str | None) -> bool:
+    from bigray.cluster.connect import resolve_address
+
+    return resolve_address(address) is not None
+
+
+def _existing_cluster(address: str | None) -> str:
+    from bigray.cluster.connect import resolve_address
+
+    return resolve_address(address) or "auto"
+
+
+def _show_board(board: Leaderboard, *, as_json: bool) -> dict[str, Any]:
+    from bigray import console
+
+    if not as_json:
+        console.print_leaderboard(board)
+    return {"leaderboard": board.to_json()}
+
+
+def _show_deployment(deployment: Deployment, bundle: str, *, as_json: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from bigray import console
+    from bigray.bundle import ModelBundle
+    from bigray.workflow import curl_command
+
+    curl = curl_command(deployment.url, ModelBundle.load(bundle).manifest)
+    if not as_json:
+        console.print_deployment(deployment, curl)
+    return {"deployment": {**asdict(deployment), "curl": curl}}
+
+
+def _show_check(check: Any, *, as_json: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from bigray import console
+
+    if not as_json:
+        console.print_holdout(check)
+    return {"holdout": {**asdict(check), "all_equal": check.all_equal}}
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    from bigray import console
+
+    console.print_json(document)
+
+
+def _write_native_config(bundle: str, spec: Any, path: Path) -> None:
+    import yaml
+
+    from bigray import console
+    from bigray.serve.runner import resolved_config
+
+    path.write_text(yaml.safe_dump(resolved_config(bundle, spec), sort_keys=False))
+    console.say(f"wrote {path}; serve it with: serve run {path}")
+
+
+def _serve_until_interrupted() -> None:
+    from bigray import console
+
+    console.say("serving until Ctrl-C")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.say("stopping the endpoint")

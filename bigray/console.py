@@ -1,0 +1,294 @@
+"""Everything a person sees: tables, the live view, one-line errors. The only module that prints.
+
+On a terminal a run is a live table; in a log file or CI the same events are plain lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from bigray.cluster.plan import Plan
+from bigray.errors import BigrayError
+from bigray.progress import RunProgress, TrialProgress
+from bigray.results import HoldoutCheck, Leaderboard
+from bigray.serve.runner import Deployment, EndpointStatus
+from bigray.training.commands import Event
+
+SHOWN_TRIALS = 12
+PLAIN_INTERVAL_S = 1.0
+"""Least time between two epoch lines of one trial in a log."""
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output, for scripts."""
+    out.file.write(json.dumps(document, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def print_error(error: BigrayError) -> None:
+    """One line for each fault, on standard error."""
+    for line in str(error).splitlines() or [type(error).__name__]:
+        err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One plain line on standard error, so that `--json` output stays clean."""
+    err.print(text, soft_wrap=True, markup=False)
+
+
+def print_plan(plan: Plan) -> None:
+    """What would start, as a table."""
+    table = Table(title=f"plan for {plan.job}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    nodes = f"{plan.cluster_nodes} node{'s' if plan.cluster_nodes != 1 else ''}"
+    table.add_row("cluster", f"{plan.cluster_cpus:g} CPUs, {plan.cluster_gpus:g} GPUs on {nodes}")
+    table.add_row("data", ", ".join(f"{count:,} {part}" for part, count in plan.rows.items()))
+    table.add_row("models", ", ".join(plan.models))
+    table.add_row("trials", f"{plan.trials}, {plan.trials_at_once} at once")
+    groups = f"{plan.groups} x {plan.workers_per_group} worker{'s' if plan.workers_per_group > 1 else ''}"
+    table.add_row("worker groups", f"{groups} over {plan.backend}, holding {plan.cpus:g} CPUs and {plan.gpus:g} GPUs")
+    table.add_row("storage", plan.storage)
+    if plan.serve is not None:
+        low, high = plan.serve.min_replicas, plan.serve.max_replicas
+        count = f"{low}" if low == high else f"{low} to {high}"
+        table.add_row("endpoint", f"{count} replicas x {plan.serve.cpus_per_replica:g} CPU, after training")
+    table.add_row("fits", "[green]yes[/]; nothing was started")
+    out.print(table)
+
+
+def print_leaderboard(board: Leaderboard) -> None:
+    """All trials, best first, and the winner in one line."""
+    metrics = [board.metric, *(name for name in board.winner.metrics if name != board.metric)]
+    table = Table(title=f"{board.run_id}: {len(board.trials)} trials by {board.metric}", title_justify="left")
+    for name in ("#", "trial", "model", "lr", "batch", "status", "epochs", "best at", *metrics):
+        table.add_column(name, justify="right" if name not in ("trial", "model", "status") else "left")
+    for number, trial in enumerate(board.trials, start=1):
+        values = [f"{trial.metrics[name]:.4f}" if name in trial.metrics else "-" for name in metrics]
+        cells = [
+            str(number),
+            trial.trial_id,
+            trial.model_name,
+            f"{trial.config['lr']:g}",
+            str(trial.config["global_batch_size"]),
+            trial.status,
+            str(trial.epochs),
+            str(trial.best_epoch) if trial.metrics else "-",
+            *values,
+        ]
+        table.add_row(*cells, style="bold green" if number == 1 else None)
+    out.print(table)
+    for trial in board.trials:
+        if trial.error:
+            out.print(Text(f"{trial.trial_id} failed: {trial.error}", style="red"), soft_wrap=True)
+    winner = board.winner
+    out.print(
+        f"winner: {winner.model_name}, trial {winner.trial_id}, step {winner.best_step:,} (epoch {winner.best_epoch}), "
+        f"{board.metric} {winner.metrics[board.metric]:.4f}   {board.wall_s:.1f} s",
+        soft_wrap=True,
+    )
+    out.print(f"bundle: {board.bundle.uri}", soft_wrap=True, markup=False)
+
+
+def print_deployment(deployment: Deployment, curl: str) -> None:
+    """Where the endpoint is and how to ask it."""
+    out.print(f"\nserving {deployment.model} version {deployment.version} at {deployment.url}", soft_wrap=True)
+    out.print(curl, soft_wrap=True, markup=False)
+
+
+def print_holdout(check: HoldoutCheck) -> None:
+    """What the endpoint answered on the sealed holdout."""
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in check.metrics.items())
+    verdict = "[green]all equal the offline answers[/]" if check.all_equal else "[bold red]NOT all equal[/]"
+    out.print(
+        f"holdout over HTTP: {check.num_rows} rows, {metrics}; {check.num_equal}/{check.num_rows} answers equal, "
+        f"{verdict} (largest difference {check.largest_difference:.1e})",
+        soft_wrap=True,
+    )
+
+
+def print_status(rows: tuple[EndpointStatus, ...]) -> None:
+    """What Serve runs."""
+    if not rows:
+        out.print("nothing is served on this cluster")
+        return
+    table = Table()
+    for name in ("name", "state", "replicas", "url", "bundle"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        style = "green" if row.state == "RUNNING" else "yellow"
+        replicas = f"{row.replicas_running} of {row.replicas_target}"
+        table.add_row(row.name, f"[{style}]{row.state}[/]", replicas, row.url, row.bundle)
+    out.print(table)
+    for row in rows:
+        if row.message:
+            out.print(f"{row.name}: {row.message}", soft_wrap=True, markup=False)
+
+
+def print_predictions(predictions: list[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    for prediction in predictions:
+        out.file.write(json.dumps(prediction) + "\n")
+
+
+@contextmanager
+def run_view(*, quiet: bool = False) -> Iterator[RunView]:
+    """A listener for a run's events: a live table on a terminal, plain lines elsewhere, nothing when `quiet`."""
+    if quiet or not err.is_terminal:
+        yield PlainView(quiet=quiet)
+        return
+    view = LiveView()
+    with Live(console=err, get_renderable=view.render, refresh_per_second=4, transient=True):
+        yield view
+
+
+class RunView:
+    """Takes a run's events."""
+
+    def __init__(self) -> None:
+        self.progress = RunProgress()
+
+    def __call__(self, event: Event) -> None:
+        self.progress.update(event)
+        if line := _headline(event):
+            say(line)
+
+
+class LiveView(RunView):
+    """A table that is redrawn while the run goes on."""
+
+    def render(self) -> RenderableType:
+        progress = self.progress
+        elapsed = time.monotonic() - progress.started
+        if not progress.trials:
+            return Text(f"{progress.phase} ... {elapsed:.0f} s", style="dim")
+        header = f"{progress.phase} ... {progress.num_ended} of {len(progress.trials)} trials, {elapsed:.0f} s"
+        leader = progress.leader
+        if leader is not None and leader.best is not None:
+            header += f", best {progress.metric} {leader.best:.4f} ({leader.trial.trial_id})"
+        return Group(Text(header, style="bold"), self._table())
+
+    def _table(self) -> Table:
+        progress = self.progress
+        table = Table(box=None, padding=(0, 1))
+        columns = ("trial", "lr", "batch", "epochs", "", "loss", progress.metric, "best", "samples/s", "left", "status")
+        for name in columns:
+            table.add_column(name, justify="left" if name in ("trial", "", "status") else "right")
+        for row in _rows_to_show(progress):
+            table.add_row(*_live_cells(row, progress.metric))
+        return table
+
+
+class PlainView(RunView):
+    """A line for what matters, at most one a second for each trial's epochs."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__()
+        self._quiet = quiet
+        self._last_line: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        if self._quiet:
+            return
+        super().__call__(event)
+        if event.kind == "epoch" and self._is_due(event):
+            say(_epoch_line(self.progress.trials[event.trial_id], self.progress.metric))
+        elif event.kind == "state":
+            say(_state_line(self.progress, event))
+
+    def _is_due(self, event: Event) -> bool:
+        now = time.monotonic()
+        if now - self._last_line.get(event.trial_id, -math.inf) < PLAIN_INTERVAL_S:
+            return False
+        self._last_line[event.trial_id] = now
+        return True
+
+
+def _headline(event: Event) -> str | None:
+    values = event.values
+    match event.kind:
+        case "starting":
+            return f"starting {values['run']}: {len(values['trials'])} trials, in {values['folder']}"
+        case "resuming":
+            ended, total = values["ended"], len(values["trials"])
+            return f"resuming {values['run']} at step {values['step']:,}: {ended} of {total} trials had ended"
+        case "complete":
+            return f"{values['run']} is complete already; reading its results (--new runs it again)"
+        case "warning":
+            return f"warning: {event.trial_id}: {values['text']}"
+        case "failed":
+            return f"{event.trial_id} failed: {values['error']}"
+        case _:
+            return None
+
+
+def _epoch_line(row: TrialProgress, metric: str) -> str:
+    value = f"{row.metrics[metric]:.4f}" if metric in row.metrics else "-"
+    return (
+        f"{row.trial.trial_id}: epoch {row.epoch}/{row.trial.training.epochs}, loss {row.train_loss:.4f}, "
+        f"{metric} {value}, {row.samples_per_s:,.0f} samples/s, {_seconds(row.remaining_s)} left"
+    )
+
+
+def _state_line(progress: RunProgress, event: Event) -> str:
+    row = progress.trials[event.trial_id]
+    best = f"{row.best:.4f}" if row.best is not None else "-"
+    return (
+        f"{row.trial.trial_id}: {row.status} at epoch {row.epoch}, best {progress.metric} {best} "
+        f"(lr {row.settings['lr']:g}, batch {row.settings['global_batch_size']}); "
+        f"{progress.num_ended} of {len(progress.trials)} trials ended"
+    )
+
+
+def _rows_to_show(progress: RunProgress) -> list[TrialProgress]:
+    """What runs, then the best so far, as many as fit a screen; a short run is shown whole, in its own order."""
+    rows = list(progress.trials.values())
+    if len(rows) <= SHOWN_TRIALS:
+        return rows
+    sign = -1.0 if progress.mode == "max" else 1.0
+
+    def key(row: TrialProgress) -> tuple[bool, bool, float]:
+        return (row.status not in ("running", "paused"), row.best is None, sign * (row.best or 0.0))
+
+    return sorted((row for row in rows if row.status != "waiting"), key=key)[:SHOWN_TRIALS]
+
+
+def _live_cells(row: TrialProgress, metric: str) -> list[RenderableType]:
+    epochs = row.trial.training.epochs
+    value = row.metrics.get(metric)
+    return [
+        row.trial.trial_id,
+        f"{row.settings['lr']:g}",
+        str(row.settings["global_batch_size"]),
+        f"{row.epoch}/{epochs}",
+        ProgressBar(total=epochs, completed=row.epoch, width=16),
+        _number(row.train_loss),
+        _number(value),
+        _number(row.best),
+        "-" if row.samples_per_s is None else f"{row.samples_per_s:,.0f}",
+        _seconds(row.remaining_s),
+        row.status,
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,193 @@
+"""The steps of the command line as functions: plan, deploy a run, and the whole way from job file to endpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigray.bundle import BundleManifest, ModelBundle
+from bigray.cluster.capacity import connected_capacity, local_capacity
+from bigray.cluster.connect import ensure_connected, resolve_address
+from bigray.cluster.plan import Plan, make_plan
+from bigray.data.dataset import Dataset
+from bigray.errors import SpecError, StorageError
+from bigray.inference import Predictions, Predictor
+from bigray.loading import load_job, load_search
+from bigray.paths import BUNDLE
+from bigray.results import HoldoutCheck, Leaderboard
+from bigray.serve.client import predict_table
+from bigray.serve.config import ServeSpec, load_serve
+from bigray.serve.runner import Deployment
+from bigray.serve.runner import deploy as deploy_bundle
+from bigray.specs import JobSpec, SearchSpec
+from bigray.storage import MANIFEST, Storage, open_storage
+from bigray.training.request import RunRequest, make_request
+from bigray.training.runner import training_trials
+from bigray.tuning.space import search_trials
+
+EQUAL_WITHIN = 1e-6
+"""Largest difference between an HTTP answer and the offline one that still counts as equal (float32 probabilities)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The files of one command, read and checked."""
+
+    job: JobSpec
+    search: SearchSpec | None
+    serve: ServeSpec | None
+
+
+def read_files(
+    job: str | Path, overrides: Sequence[str] = (), search: str | Path | None = None, serve: str | Path | None = None
+) -> Asked:
+    """Read the files of a command; the faults of all of them are told together.
+
+    Raises:
+        SpecError: with one line for each fault.
+    """
+    faults: list[str] = []
+    job_spec = _collect(faults, lambda: load_job(job, overrides))
+    search_spec = _collect(faults, lambda: load_search(search, job_spec)) if search is not None else None
+    serve_spec = _collect(faults, lambda: load_serve(serve)) if serve is not None else None
+    if faults:
+        raise SpecError(faults)
+    assert job_spec is not None, "a job that did not load left a fault"
+    return Asked(job_spec, search_spec, serve_spec)
+
+
+def request_of(asked: Asked) -> RunRequest:
+    """Check the job against its data."""
+    if asked.search is None:
+        return make_request(asked.job, training_trials(asked.job))
+    return make_request(asked.job, search_trials(asked.job, asked.search), asked.search.model_dump(mode="json"))
+
+
+def plan(
+    job: JobSpec, search: SearchSpec | None = None, serve: ServeSpec | None = None, *, address: str | None = None
+) -> Plan:
+    """What `train` or `tune` would start. Starts nothing; connects only where there is an address to ask.
+
+    Raises:
+        SpecError: the data or a batch size does not suit the job.
+        CapacityError: it does not fit the cluster; with the numbers and the nearest thing that would.
+    """
+    return plan_request(request_of(Asked(job, search, serve)), serve, address=address)
+
+
+def plan_request(request: RunRequest, serve: ServeSpec | None = None, *, address: str | None = None) -> Plan:
+    """`plan` for a request whose data has been prepared already."""
+    if resolve_address(address) is None:
+        capacity = local_capacity()
+    else:
+        ensure_connected(address)
+        capacity = connected_capacity()
+    needs = serve.needs() if serve is not None else None
+    return make_plan(request.job, len(request.trials), request.dataset.num_rows, capacity, needs)
+
+
+def find_bundle(location: str | Path | Storage) -> str:
+    """The bundle of a run folder, or the bundle folder itself.
+
+    Raises:
+        StorageError: there is neither; names what is near.
+    """
+    storage = location if isinstance(location, Storage) else open_storage(location)
+    for candidate in (storage.child(BUNDLE), storage):
+        if candidate.exists(MANIFEST):
+            return candidate.uri
+    raise StorageError(f"{storage.uri}: no bundle here{_runs_near(storage)}")
+
+
+def deploy(
+    run: str | Path | Storage | Leaderboard,
+    config: ServeSpec | str | Path = "serve/local.yaml",
+    *,
+    address: str | None = None,
+) -> Deployment:
+    """Serve the winner of a run; returns when it answers over HTTP.
+
+    `run` is a leaderboard, a run folder or a bundle folder. Without a cluster a local Ray is started, which serves
+    until this process ends.
+
+    Raises:
+        StorageError: there is no bundle, or it is corrupt.
+        DeployError: the endpoint did not come up.
+    """
+    spec = config if isinstance(config, ServeSpec) else load_serve(config)
+    bundle = find_bundle(run.bundle if isinstance(run, Leaderboard) else run)
+    ensure_connected(address)
+    return deploy_bundle(bundle, spec)
+
+
+def check_holdout(bundle: str, dataset: Dataset, url: str) -> HoldoutCheck:
+    """Send the sealed holdout to an endpoint over HTTP, and predict the same rows offline from the bundle."""
+    offline = Predictor(ModelBundle.load(bundle)).run_table(dataset.holdout)
+    online = predict_table(url, dataset.holdout, dataset.inputs)
+    difference = _row_differences(online, offline)
+    equal = (difference <= _tolerance(offline)) & _same_labels(online, offline)
+    return HoldoutCheck(
+        num_rows=dataset.holdout.num_rows,
+        metrics=_metrics(online, dataset),
+        num_equal=int(equal.sum()),
+        largest_difference=float(difference.max()),
+    )
+
+
+def curl_command(url: str, manifest: BundleManifest) -> str:
+    """A request to paste into a shell: the bundle's example row."""
+    body = json.dumps({"records": [manifest.example]}, separators=(",", ":"))
+    return f"curl -s {url}/predict -H 'content-type: application/json' -d '{body}'"
+
+
+def _collect(faults: list[str], load: Any) -> Any:
+    try:
+        return load()
+    except SpecError as error:
+        faults.extend(error.faults)
+        return None
+
+
+def _runs_near(storage: Storage) -> str:
+    parent, _, name = storage.root.rpartition("/")
+    siblings = Storage(storage.filesystem, parent, parent)
+    near = [found for found in siblings.list_names() if found.startswith(f"{name}-")] if name else []
+    shown = storage.uri.rpartition("/")[0]
+    return f"; did you mean {' or '.join(f'{shown}/{found}' for found in near)}?" if near else ""
+
+
+def _row_differences(online: Predictions, offline: Predictions) -> np.ndarray[Any, Any]:
+    if offline.values is not None and online.values is not None:
+        return np.abs(online.values - offline.values)
+    assert offline.probabilities is not None, "a prediction has values or probabilities"
+    assert online.probabilities is not None, "the endpoint serves the same task"
+    return np.abs(online.probabilities - offline.probabilities).max(axis=1)  # type: ignore[no-any-return]
+
+
+def _same_labels(online: Predictions, offline: Predictions) -> np.ndarray[Any, Any]:
+    if online.labels is None or offline.labels is None:
+        return np.ones(1, dtype=bool)  # regression has none to differ
+    return np.array([a == b for a, b in zip(online.labels, offline.labels, strict=True)])
+
+
+def _tolerance(offline: Predictions) -> np.ndarray[Any, Any] | float:
+    """Probabilities are at most 1; a value's tolerance grows with its size."""
+    if offline.values is None:
+        return EQUAL_WITHIN
+    return EQUAL_WITHIN * np.maximum(1.0, np.abs(offline.values))
+
+
+def _metrics(online: Predictions, dataset: Dataset) -> dict[str, float]:
+    truth = dataset.holdout_targets()
+    if online.labels is not None:
+        names = [str(label) for label in online.labels]
+        return {"accuracy": float(np.mean([a == str(b) for a, b in zip(names, truth, strict=True)]))}
+    assert online.values is not None, "a prediction has labels or values"
+    expected = np.asarray(truth, dtype=np.float64)
+    squared = (online.values - expected) ** 2
+    return {"mse": float(squared.mean()), "r2": float(1.0 - squared.sum() / ((expected - expected.mean()) ** 2).sum())}
