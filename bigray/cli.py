@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from bigray.errors import BigrayError
 
@@ -22,8 +22,26 @@ if TYPE_CHECKING:
     from bigray.training.request import RunRequest
     from bigray.workflow import Asked
 
+
+class _Commands(TyperGroup):
+    """Turns what a command raises into one line for each fault, and an exit code by kind."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from bigray import console
+
+        try:
+            return super().invoke(ctx)
+        except BigrayError as error:
+            console.print_error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            console.say("interrupted; the same command goes on where it stopped")
+            sys.exit(130)
+
+
 app = typer.Typer(
     name="bigray",
+    cls=_Commands,
     help="Train a PyTorch model on a Ray cluster, search its learning rate and batch size, and serve the winner.",
     epilog="Try it: bigray run examples/digits/job.toml --search tuning/lr_batch.toml --serve serve/local.yaml",
     no_args_is_help=True,
@@ -221,22 +239,9 @@ def delete(
 
 
 def main() -> None:
-    """Entry point: runs the command, and turns errors into one line each and an exit code by kind."""
+    """Entry point."""
     sys.path.insert(0, os.getcwd())  # 'package.module:function' in a job file is found as with `python -m`
-    from bigray import console
-
-    try:
-        result = app(standalone_mode=False)
-    except BigrayError as error:
-        console.print_error(error)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        console.say("interrupted; the same command goes on where it stopped")
-        sys.exit(130)
-    sys.exit(result if isinstance(result, int) else 0)
+    app()
 
 
 def _train_or_tune(

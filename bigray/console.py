@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -29,7 +30,10 @@ SHOWN_TRIALS = 12
 PLAIN_INTERVAL_S = 1.0
 """Least time between two epoch lines of one trial in a log."""
 
-out = Console(highlight=False)
+LOG_WIDTH = 120
+"""Columns of a table in a file, which has no width of its own."""
+
+out = Console(highlight=False, width=None if Console().is_terminal else LOG_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 
@@ -73,15 +77,15 @@ def print_plan(plan: Plan) -> None:
 def print_leaderboard(board: Leaderboard) -> None:
     """All trials, best first, and the winner in one line."""
     metrics = [board.metric, *(name for name in board.winner.metrics if name != board.metric)]
-    table = Table(title=f"{board.run_id}: {len(board.trials)} trials by {board.metric}", title_justify="left")
-    for name in ("#", "trial", "model", "lr", "batch", "status", "epochs", "best at", *metrics):
-        table.add_column(name, justify="right" if name not in ("trial", "model", "status") else "left")
-    for number, trial in enumerate(board.trials, start=1):
-        values = [f"{trial.metrics[name]:.4f}" if name in trial.metrics else "-" for name in metrics]
+    shown = metrics if out.width >= LOG_WIDTH else [board.metric]
+    title = f"{board.run_id}: {len(board.trials)} trials by {board.metric}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("trial", "lr", "batch", "status", "epochs", "best at", *shown):
+        table.add_column(name, justify="right" if name not in ("trial", "status") else "left", no_wrap=True)
+    for number, trial in enumerate(board.trials):
+        values = [f"{trial.metrics[name]:.4f}" if name in trial.metrics else "-" for name in shown]
         cells = [
-            str(number),
             trial.trial_id,
-            trial.model_name,
             f"{trial.config['lr']:g}",
             str(trial.config["global_batch_size"]),
             trial.status,
@@ -89,7 +93,7 @@ def print_leaderboard(board: Leaderboard) -> None:
             str(trial.best_epoch) if trial.metrics else "-",
             *values,
         ]
-        table.add_row(*cells, style="bold green" if number == 1 else None)
+        table.add_row(*cells, style="bold green" if number == 0 else None)
     out.print(table)
     for trial in board.trials:
         if trial.error:

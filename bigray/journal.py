@@ -52,5 +52,5 @@ def read_journal(paths: RunPaths) -> Iterator[dict[str, Any]]:
         for line in paths.storage.read_bytes(f"{JOURNAL}/{name}").splitlines():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:  # only the last line of a killed attempt can be incomplete
+            except ValueError:  # only the last line of a killed attempt can be incomplete, or zeros
                 continue

@@ -130,7 +130,7 @@ class JobSpec(Spec):
     """A whole job file: data, one or more models, and how to train them."""
 
     name: Name
-    storage: str = "runs"
+    storage: str = Field(default="runs", min_length=1)
     """A folder, or `s3://bucket/prefix`; each run gets a folder of its own inside."""
     seed: int = Field(default=0, ge=0)
     data: DataSpec

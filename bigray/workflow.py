@@ -166,7 +166,7 @@ def _row_differences(online: Predictions, offline: Predictions) -> np.ndarray[An
         return np.abs(online.values - offline.values)
     assert offline.probabilities is not None, "a prediction has values or probabilities"
     assert online.probabilities is not None, "the endpoint serves the same task"
-    return np.abs(online.probabilities - offline.probabilities).max(axis=1)  # type: ignore[no-any-return]
+    return np.asarray(np.abs(online.probabilities - offline.probabilities).max(axis=1))
 
 
 def _same_labels(online: Predictions, offline: Predictions) -> np.ndarray[Any, Any]:

@@ -52,7 +52,7 @@ def workers_that_fit(capacity: Capacity, scaling: ScalingSpec, *, free_only: boo
     for node in capacity.nodes:
         cpus, gpus = (node.free_cpus, node.free_gpus) if free_only else (node.cpus, node.gpus)
         by_cpu = math.floor(cpus / scaling.cpus_per_worker + _SLACK)
-        by_gpu = math.floor(gpus / scaling.gpus_per_worker + _SLACK) if scaling.gpus_per_worker else by_cpu
+        by_gpu = _fit_on_gpus(gpus, scaling.gpus_per_worker) if scaling.gpus_per_worker else by_cpu
         total += min(by_cpu, by_gpu)
     return total
 
@@ -64,6 +64,14 @@ def groups_that_fit(capacity: Capacity, scaling: ScalingSpec, wanted: int) -> in
     a place. Nothing else that bigray starts holds a CPU, so a sweep cannot wait for itself.
     """
     return min(wanted, workers_that_fit(capacity, scaling, free_only=True) // scaling.num_workers)
+
+
+def _fit_on_gpus(gpus: float, per_worker: float) -> int:
+    """A share of a GPU is a share of one GPU: of three workers with 0.6 each, two GPUs hold two."""
+    if per_worker >= 1:
+        return math.floor(gpus / per_worker + _SLACK)
+    whole = math.floor(gpus + _SLACK)
+    return whole * math.floor(1 / per_worker + _SLACK) + math.floor((gpus - whole) / per_worker + _SLACK)
 
 
 def local_capacity() -> Capacity:

@@ -111,9 +111,12 @@ def prepare_environment(*, joining: bool) -> None:
     # address, which then fails: say it either way
     if not joining or has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    from ray._raylet import Config
+    from ray._private import auto_init_hook
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # Ray reads its variables when it is imported, which may have been before now
+    # a thread that outlives its connection must not join whatever other cluster this machine runs
+    auto_init_hook.enable_auto_connect = False
 
 
 def has_token() -> bool:

@@ -77,11 +77,12 @@ def prepare_dataset(spec: DataSpec, task: Task) -> Dataset:
     if faults:
         raise SpecError(faults)
 
+    table = _booleans_as_numbers(table, features)
     inputs = _feature_schema(table, features)
     targets, outputs = _encode_targets(table, spec.target, task)
     hashes = row_hashes(table.select([*features, spec.target]))
     split = split_rows(hashes, targets if task == "classification" else None, spec.split)  # type: ignore[arg-type]
-    _check_split(spec, split.train.size, split.validation.size)
+    _check_split(spec, task, split.train.size, split.validation.size)
 
     x = inputs.from_table(table)
     if not np.isfinite(x).all():
@@ -143,7 +144,7 @@ def _is_numeric(kind: pa.DataType) -> bool:
         return _is_numeric(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _is_numeric(kind.value_type)
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def column_shape(table: pa.Table, name: str) -> tuple[int, ...]:
@@ -155,6 +156,15 @@ def _feature_schema(table: pa.Table, features: tuple[str, ...]) -> FeatureSchema
     return FeatureSchema(columns=tuple(Column(name=name, shape=column_shape(table, name)) for name in features))
 
 
+def _booleans_as_numbers(table: pa.Table, features: tuple[str, ...]) -> pa.Table:
+    """So that a row taken from the table is one that an endpoint accepts: JSON's true and false are not numbers."""
+    for name in features:
+        if pa.types.is_boolean(table.column(name).type):
+            index = table.column_names.index(name)
+            table = table.set_column(index, name, table.column(name).cast(pa.int8()))
+    return table
+
+
 def _encode_targets(table: pa.Table, target: str, task: Task) -> tuple[Targets, OutputSchema]:
     values = column_to_numpy(table, target)
     if task == "regression":
@@ -163,6 +173,8 @@ def _encode_targets(table: pa.Table, target: str, task: Task) -> tuple[Targets, 
         if not np.isfinite(values).all():
             raise SpecError(f"data.target: '{target}' holds NaN or infinite values")
         return values.astype(np.float32), OutputSchema(task=task, num_outputs=1, target=target)
+    if values.ndim != 1:
+        raise SpecError(f"data.target: '{target}' holds {values.shape[1:]} values a row; classification needs one")
     if values.dtype.kind == "f" and not (values == np.round(values)).all():
         raise SpecError(f"data.target: '{target}' holds fractions, not classes; use training.task = 'regression'")
     if values.dtype.kind in "bf":
@@ -175,7 +187,7 @@ def _encode_targets(table: pa.Table, target: str, task: Task) -> tuple[Targets, 
     return numbers.astype(np.int64), outputs
 
 
-def _check_split(spec: DataSpec, num_train: int, num_validation: int) -> None:
+def _check_split(spec: DataSpec, task: Task, num_train: int, num_validation: int) -> None:
     if num_train == 0:
         raise SpecError("data.split: leaves no training rows")
     if num_validation == 0:
@@ -183,3 +195,5 @@ def _check_split(spec: DataSpec, num_train: int, num_validation: int) -> None:
             f"data.split.validation: {spec.split.validation:g} of the rows is none; "
             f"at least {math.ceil(1 / max(spec.split.validation, 1e-9)) if spec.split.validation else 'some'} are needed"
         )
+    if task == "regression" and num_validation < 2:
+        raise SpecError("data.split.validation: leaves one row, and val_r2 needs at least two")

@@ -5,7 +5,7 @@ Training, offline prediction and the replica all come through here, so a row mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ def _list_to_numpy(column: pa.Array, name: str) -> NDArray[Any]:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _missing_column(names: Sequence[str], records: Sequence[Any]) -> str:
@@ -138,6 +138,13 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _example_of_non_number(values: Any) -> str:
-    while isinstance(values, list | tuple) and values:
-        values = next((v for v in values if not isinstance(v, int | float) or isinstance(v, bool)), values[0])
-    return repr(values)[:40]
+    found = next(_non_numbers(values), values)
+    return repr(found)[:40]
+
+
+def _non_numbers(values: Any) -> Iterator[Any]:
+    if isinstance(values, list | tuple):
+        for value in values:
+            yield from _non_numbers(value)
+    elif isinstance(values, bool) or not isinstance(values, int | float):
+        yield values

@@ -77,14 +77,15 @@ def _column_bits(table: pa.Table, name: str) -> HashArray:
     """Values as 64-bit patterns, (rows, values per row). Numbers go through float64, so 1 and 1.0 hash alike."""
     values = column_to_numpy(table, name)
     if values.dtype.kind in "biuf":
-        return values.reshape(len(values), -1).astype(np.float64).view(np.uint64)
+        # + 0.0 turns -0.0 into 0.0, which it is equal to
+        return (values.reshape(len(values), -1).astype(np.float64) + 0.0).view(np.uint64)
     unique, inverse = np.unique(values.astype(str), return_inverse=True)
     hashes = np.array([_text_hash(text) for text in unique], dtype=np.uint64)
     return hashes[inverse].reshape(len(values), -1)
 
 
 def _text_hash(text: str) -> np.uint64:
-    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), dtype=np.uint64)[0]
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
 def _mix(values: HashArray | np.uint64) -> HashArray:

@@ -17,8 +17,9 @@ def cnn(
     """3x3 convolutions with ReLU, halving the image after each but the first: images -> (rows, num_outputs).
 
     Takes (rows, H, W) or (rows, C, H, W). The last feature map is flattened, not pooled to one value, so that small
-    images keep their layout.
+    images keep their layout. Weights are laid out channels-last, which halves a step on the CPU (docs/how_it_works.md).
     """
+    import torch
     from torch import nn
 
     if len(input_shape) not in (2, 3):
@@ -35,4 +36,5 @@ def cnn(
         raise SpecError(f"cnn: {len(channels)} layers halve an image of {input_shape} to nothing; use fewer channels")
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(depth * height * width, num_outputs))
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(depth * height * width, num_outputs))
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

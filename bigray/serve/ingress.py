@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from bigray.cluster.connect import RAY_SETTINGS
@@ -23,6 +25,8 @@ _FIXED = {name: value for name, value in RAY_SETTINGS.items() if name.startswith
     # one log line a request from HAProxy to a Python process; without it the replicas keep the same counters
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
 }
+# Serve's own proxy: slower, but it needs nothing installed
+_PLAIN = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 _PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
@@ -38,15 +42,16 @@ _FILES = {
 }
 
 
+ORPHAN_GRACE_S = 0.5
+"""Time for an ended HAProxy to release its port."""
+
+
 def ingress_settings(http_port: int) -> dict[str, str]:
     """Environment of Serve's processes for an endpoint on `http_port`; what the user has set is kept.
 
     Ports and files are the endpoint's own, so that two clusters on one host do not meet.
     """
     settings = dict(_FIXED)
-    if not haproxy_available():
-        settings["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
-        settings["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "0"
     # threads beyond the cores only take turns
     settings["RAY_SERVE_HAPROXY_NBTHREAD"] = str(max(1, min(4, (os.cpu_count() or 1) // 2)))
     taken: set[int] = {http_port}
@@ -56,12 +61,31 @@ def ingress_settings(http_port: int) -> dict[str, str]:
         settings[name] = str(port)
     folder = haproxy_folder(http_port)
     settings |= {name: str(folder / file) for name, file in _FILES.items()}
-    return {name: os.environ.get(name, value) for name, value in settings.items()}
+    chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
+    return chosen if haproxy_available() else chosen | _PLAIN
 
 
 def haproxy_folder(http_port: int) -> Path:
     """Where HAProxy's configuration and sockets lie; short, since a socket's path may have 107 characters."""
     return Path(tempfile.gettempdir()) / f"bigray-serve-{http_port}"
+
+
+def end_orphans(http_port: int) -> list[int]:
+    """End an HAProxy that outlived its cluster, which happens when Ray is killed, and still holds the port.
+
+    Only processes that run this endpoint's own configuration file and whose parent is no longer Ray's; returns their
+    process ids.
+    """
+    marker = f"{haproxy_folder(http_port)}/"
+    ended = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        if marker not in _read(entry / "cmdline") or "haproxy" not in _read(entry / "comm"):
+            continue
+        parent = _read(entry / "stat").rpartition(") ")[2].split()[1:2]
+        if parent and "ray::" not in _read(Path("/proc") / parent[0] / "cmdline"):
+            os.kill(int(entry.name), signal.SIGTERM)
+            ended.append(int(entry.name))
+    return ended
 
 
 def haproxy_available() -> bool:
@@ -93,6 +117,13 @@ def port_is_free(host: str, port: int) -> bool:
         return True
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # the process has ended, or belongs to someone else
+        return ""
+
+
 def choose_port(host: str, port: int) -> int:
     """The port to listen on: as asked, or a free one for 0.
 
@@ -101,6 +132,8 @@ def choose_port(host: str, port: int) -> int:
     """
     if port == 0:
         return free_port(0)
+    if end_orphans(port):
+        time.sleep(ORPHAN_GRACE_S)
     if not port_is_free("" if host in ("0.0.0.0", "::") else host, port):
         raise DeployError(f"http_options.port: {port} is in use on {host}; choose another one, or 0 for any free one")
     return port

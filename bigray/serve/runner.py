@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,13 @@ from bigray.inference import check_factory
 from bigray.serve.client import fetch_json
 from bigray.serve.config import ServeSpec
 from bigray.serve.failures import first_error_line
-from bigray.serve.ingress import choose_port, free_port, haproxy_folder, ingress_settings
+from bigray.serve.ingress import free_port
+from bigray.serve.instance import controller_environment, root_url, running_client, shutdown, start_serve
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
+
+__all__ = ["Deployment", "EndpointStatus", "delete", "deploy", "resolved_config", "shutdown", "status"]
 
 POLL_S = 0.1
 
@@ -64,7 +65,7 @@ def deploy(bundle: str, spec: ServeSpec, *, timeout_s: float = 90.0) -> Deployme
     """
     loaded = ModelBundle.load(bundle)
     check_factory(loaded, spec.application.args.allow_factories)
-    client = _start_serve(spec)
+    client = start_serve(spec)
     spec = spec.with_port(client.http_config.port)
     _apply(client, spec.with_bundle(absolute_location(bundle)))
     url = _public_url(client, spec)
@@ -79,16 +80,16 @@ def resolved_config(bundle: str, spec: ServeSpec) -> dict[str, Any]:
     """The native file with the bundle, a port and the fast path's settings filled in, for `serve run` and Git."""
     port = spec.http_options.port or free_port(0)
     document = spec.with_bundle(absolute_location(bundle)).with_port(port).to_native()
-    document["controller_options"] = {"runtime_env": {"env_vars": _controller_environment(spec, port)}}
+    document["controller_options"] = {"runtime_env": {"env_vars": controller_environment(spec, port)}}
     return document
 
 
 def status() -> tuple[EndpointStatus, ...]:
     """All applications that Serve runs on this cluster; empty where Serve does not run."""
-    client = _running_client()
+    client = running_client()
     if client is None:
         return ()
-    root = _root_url(client)
+    root = root_url(client)
     applications = client.get_serve_details()["applications"].values()
     return tuple(_describe(application, root) for application in applications)
 
@@ -99,7 +100,7 @@ def delete(name: str) -> None:
     Raises:
         DeployError: no application has this name.
     """
-    client = _running_client()
+    client = running_client()
     names = [] if client is None else [row.name for row in status()]
     if client is None or name not in names:
         known = f"; there are: {', '.join(names)}" if names else "; nothing is served on this cluster"
@@ -109,56 +110,9 @@ def delete(name: str) -> None:
         shutdown()
 
 
-def shutdown() -> None:
-    """End Serve on this cluster with everything it serves."""
-    client = _running_client()
-    if client is None:
-        return
-    from ray import serve
-
-    port = client.http_config.port
-    serve.shutdown()
-    shutil.rmtree(haproxy_folder(port), ignore_errors=True)
-
-
 def absolute_location(bundle: str) -> str:
     """The bundle's location as a replica can open it: replicas do not run in the user's folder."""
     return bundle if "://" in bundle else str(Path(bundle).expanduser().absolute())
-
-
-def _start_serve(spec: ServeSpec) -> ServeControllerClient:
-    client = _running_client()
-    options = spec.http_options
-    if client is not None:
-        running = client.http_config.port
-        if options.port not in (0, running):
-            raise DeployError(
-                f"http_options.port: Serve already listens on {running} on this cluster, not on {options.port}; "
-                f"ask for {running}, or end it first"
-            )
-        return client
-    port = choose_port(options.host, options.port) if _head_is_here() else options.port or 8000
-    native = spec.with_port(port).to_native()
-    from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        serve.start(
-            proxy_location=spec.proxy_location,
-            http_options=native["http_options"],
-            controller_options={"runtime_env": {"env_vars": _controller_environment(spec, port)}},
-        )
-    except TimeoutError as error:
-        shutdown()
-        raise DeployError(f"http_options.port: the proxy did not come up on port {port}: {error}") from error
-    started = _running_client()
-    if started is None:
-        raise DeployError("Serve's controller ended right after its start; see the logs under /tmp/ray/session_latest")
-    return started
-
-
-def _controller_environment(spec: ServeSpec, port: int) -> dict[str, str]:
-    return ingress_settings(port) | spec.controller_options.runtime_env.get("env_vars", {})
 
 
 def _apply(client: ServeControllerClient, spec: ServeSpec) -> None:
@@ -238,34 +192,4 @@ def _message(application: dict[str, Any]) -> str:
 
 
 def _public_url(client: ServeControllerClient, spec: ServeSpec) -> str:
-    return _root_url(client) + spec.application.route_prefix.rstrip("/")
-
-
-def _root_url(client: ServeControllerClient) -> str:
-    options = client.http_config
-    host = options.host
-    if host in ("0.0.0.0", "::", None):
-        host = "127.0.0.1" if _head_is_here() else _head_address()
-    scheme = "https" if options.ssl_certfile else "http"
-    return f"{scheme}://{host}:{options.port}{options.root_path}"
-
-
-def _head_is_here() -> bool:
-    import ray
-
-    return bool(ray.util.get_node_ip_address() == _head_address())
-
-
-def _head_address() -> str:
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    head = next((node for node in nodes if "node:__internal_head__" in node["Resources"]), nodes[0])
-    return str(head["NodeManagerAddress"])
-
-
-def _running_client() -> ServeControllerClient | None:
-    # Serve's public API has no way to hand in a config file: `serve run` uses this client as well
-    from ray.serve.context import _get_global_client
-
-    return _get_global_client(raise_if_no_controller_running=False)
+    return root_url(client) + spec.application.route_prefix.rstrip("/")

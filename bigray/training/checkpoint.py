@@ -118,14 +118,16 @@ def pack_weights(weights: StateDict) -> bytes:
     """A module's state dict -> safetensors."""
     import safetensors.torch
 
-    return safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in weights.items()})
+    packed: bytes = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in weights.items()})
+    return packed
 
 
 def unpack_weights(data: bytes) -> StateDict:
     """Safetensors -> state dict on the CPU."""
     import safetensors.torch
 
-    return safetensors.torch.load(data)
+    weights: StateDict = safetensors.torch.load(data)
+    return weights
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> bytes:
@@ -140,8 +142,14 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> bytes:
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, data: bytes) -> None:
     """Load what `pack_optimizer` made into an optimizer of the same settings and parameters."""
+    import torch
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in unpack_weights(data).items():
         number, slot = name.split(".", 1)
+        parameter = parameters[int(number)]
+        if tensor.shape == parameter.shape:  # in the parameter's own memory layout, which fused optimizers rely on
+            tensor = torch.empty_like(parameter, device="cpu", dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(number), {})[slot] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

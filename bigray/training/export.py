@@ -70,9 +70,7 @@ def _to_onnx(module: torch.nn.Module, sample: NDArray[np.float32]) -> bytes:
         module, (example,), dynamo=True, dynamic_shapes=({0: rows},), input_names=["features"], verbose=False
     )
     assert program is not None, "torch.onnx.export returns a program when dynamo=True"
-    buffer = io.BytesIO()
-    program.save(buffer)
-    return buffer.getvalue()
+    return bytes(program.model_proto.SerializeToString())
 
 
 def _largest_difference(module: torch.nn.Module, model: bytes, sample: NDArray[np.float32]) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigray.specs import Task
 
 if TYPE_CHECKING:
     import torch
     import torchmetrics
+
+
+_NO_SYNC: dict[str, Any] = {"sync_on_compute": False}
 
 
 def summed_loss(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -21,22 +24,25 @@ def summed_loss(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> tor
 
 
 def make_metrics(task: Task, num_outputs: int) -> torchmetrics.MetricCollection:
-    """The task's validation metrics under the names of `bigray.specs.METRICS`; they sum over ranks by themselves."""
+    """The task's validation metrics under the names of `bigray.specs.METRICS`.
+
+    Every state of each is a sum over samples, which the loop adds up over the ranks; so they must not sync themselves.
+    """
     from torchmetrics import MetricCollection, classification, regression
 
     if task == "classification":
         return MetricCollection(
             {
-                "val_accuracy": classification.MulticlassAccuracy(num_outputs, average="micro"),
-                "val_macro_recall": classification.MulticlassRecall(num_outputs, average="macro"),
-                "val_macro_f1": classification.MulticlassF1Score(num_outputs, average="macro"),
+                "val_accuracy": classification.MulticlassAccuracy(num_outputs, average="micro", **_NO_SYNC),
+                "val_macro_recall": classification.MulticlassRecall(num_outputs, average="macro", **_NO_SYNC),
+                "val_macro_f1": classification.MulticlassF1Score(num_outputs, average="macro", **_NO_SYNC),
             }
         )
     return MetricCollection(
         {
-            "val_mse": regression.MeanSquaredError(),
-            "val_mae": regression.MeanAbsoluteError(),
-            "val_r2": regression.R2Score(),
+            "val_mse": regression.MeanSquaredError(**_NO_SYNC),
+            "val_mae": regression.MeanAbsoluteError(**_NO_SYNC),
+            "val_r2": regression.R2Score(**_NO_SYNC),
         }
     )
 

@@ -54,7 +54,8 @@ class _CommandLoop:
                 result = self._train(command) if isinstance(command, TrainTo) else self._export(command)
             except Exception as error:
                 # told before it is raised: the restarted workers then do not try the same command again
-                ray.get(board.fail.remote(self._setup.group, _describe(error)))
+                if not _is_about_a_peer(error):
+                    ray.get(board.fail.remote(self._setup.group, _describe(error)))
                 raise
             if self._is_first:
                 ray.get(board.complete.remote(self._setup.group, result))
@@ -120,6 +121,14 @@ def _this_worker() -> Worker:
 
     context = ray.train.get_context()
     return Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+
+def _is_about_a_peer(error: Exception) -> bool:
+    """Whether a collective broke because another rank went away: that rank's own story is the one to tell, if any.
+
+    Gloo raises a plain RuntimeError for it, which only its text gives away.
+    """
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo/transport", "NCCL"))
 
 
 def _describe(error: Exception) -> str:

@@ -41,22 +41,21 @@ class GroupTrial(Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """Train to the next rung; reports the best value so far, so that one noisy epoch costs no trial its place."""
         spec = self._spec.training
+        target = self._rungs[0]
         try:
-            target = next(rung for rung in self._rungs if rung > self._epoch)
             state = ask(self._switchboard.execute.remote(self._group, TrainTo(self._spec, target)))
         except TrainingFailed as error:
             self._tell(Event("failed", self._spec.trial_id, {"error": str(error)}))
             raise
         self._tell(Event.of_state(self._spec.trial_id, state))
-        self._epoch = target
+        self._rungs = self._rungs[1:]
         if state.ended:
             self._end()
         value = state.best_metrics.get(spec.selection_metric, math.nan)
         return {EPOCH: target, spec.selection_metric: value, "done": state.ended is not None}
 
     def _begin(self, trial_id: str) -> None:
-        self._spec, self._rungs = self._trials[trial_id]
-        self._epoch = 0
+        self._spec, self._rungs = self._trials[trial_id]  # the rungs still to come
         self._group: int | None = ask(self._switchboard.lease.remote())
         self._tell(Event("started", trial_id, {"group": self._group}))
 

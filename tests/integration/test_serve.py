@@ -27,6 +27,7 @@ from bigray.inference import Predictor
 from bigray.serve import runner
 from bigray.serve.client import fetch_json, open_endpoint, predict_file, predict_table
 from bigray.serve.config import ServeSpec, load_serve
+from bigray.serve.ingress import haproxy_folder
 from bigray.serve.sample import write_sample_bundle
 
 pytestmark = pytest.mark.timeout(300)
@@ -280,7 +281,7 @@ def test_rays_own_tool_serves_the_written_file(cluster, endpoint, bundle, tmp_pa
 
 
 def test_nothing_remains_after_the_last_delete(cluster, endpoint):
-    folder = runner.haproxy_folder(urlsplit(endpoint.url).port)
+    folder = haproxy_folder(urlsplit(endpoint.url).port)
     for row in runner.status():
         runner.delete(row.name)
     assert runner.status() == ()

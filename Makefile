@@ -1,0 +1,28 @@
+# make demo   set up and run the main job          make test   set up and run every test
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed
+	$(BIN)/bigray run examples/digits/job.toml --search tuning/lr_batch.toml --serve serve/local.yaml --exit
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	scripts/check
+
+bench: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/sweep_overhead.py
+	$(BIN)/python benchmarks/serve_throughput.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigray needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs dist

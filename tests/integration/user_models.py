@@ -1,0 +1,36 @@
+"""Factories as a user would bring them; the workers import this module by name."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class RaisesInForward(nn.Module):
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, num_outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no forward today")
+
+
+def raises_in_forward(input_shape: tuple[int, ...], num_outputs: int, **_: Any) -> nn.Module:
+    return RaisesInForward(num_outputs)
+
+
+def slow_mlp(input_shape: tuple[int, ...], num_outputs: int, delay_s: float = 0.02) -> nn.Module:
+    """A small network whose steps take long enough to be killed in."""
+    import time
+
+    class Delay(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                time.sleep(delay_s)
+            return x
+
+    return nn.Sequential(Delay(), nn.Linear(input_shape[0], 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
+
+
+def not_a_module(input_shape: tuple[int, ...], num_outputs: int) -> dict[str, int]:
+    return {"outputs": num_outputs}

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from bigray.errors import CorruptFile, StorageError
+from bigray.storage import MANIFEST, Storage, commit_folder, open_storage, read_folder, sha256
+
+FILES = {"weights.bin": bytes(range(256)) * 4, "optimizer.bin": b"m" * 512, "progress.json": b"{}"}
+
+
+@pytest.fixture
+def committed(storage: Storage) -> Storage:
+    commit_folder(storage, "ckpt", FILES, {"step": 7})
+    return storage
+
+
+def _path(storage: Storage, name: str) -> Path:
+    return Path(storage.root) / "ckpt" / name
+
+
+def test_a_committed_folder_is_read_back_whole(committed: Storage) -> None:
+    folder = read_folder(committed, "ckpt")
+
+    assert folder.files == FILES
+    assert folder.manifest["step"] == 7
+    assert folder.manifest["files"]["weights.bin"] == {"sha256": sha256(FILES["weights.bin"]), "size": 1024}
+
+
+def test_a_folder_without_its_manifest_is_not_there(committed: Storage) -> None:
+    _path(committed, MANIFEST).unlink()
+
+    with pytest.raises(StorageError, match=r"ckpt/manifest\.json: cannot read"):
+        read_folder(committed, "ckpt")
+
+
+def _flip_one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [_flip_one_bit, _truncate, _empty])
+def test_changed_bytes_are_told_with_the_file_and_both_hashes(
+    committed: Storage, damage: Callable[[Path], None]
+) -> None:
+    path = _path(committed, "weights.bin")
+    damage(path)
+
+    with pytest.raises(CorruptFile) as caught:
+        read_folder(committed, "ckpt")
+
+    message = str(caught.value)
+    assert "ckpt/weights.bin" in message
+    assert sha256(FILES["weights.bin"]) in message
+    assert sha256(path.read_bytes()) in message
+
+
+def test_two_files_in_each_others_place_are_told_apart(committed: Storage) -> None:
+    first, second = _path(committed, "optimizer.bin"), _path(committed, "weights.bin")
+    first_bytes = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(first_bytes)
+
+    with pytest.raises(CorruptFile, match=r"ckpt/(optimizer|weights)\.bin") as caught:
+        read_folder(committed, "ckpt")
+
+    hashes = {sha256(FILES["optimizer.bin"]), sha256(FILES["weights.bin"])}
+    assert {caught.value.expected, caught.value.actual} == hashes
+
+
+def test_a_deleted_file_is_named(committed: Storage) -> None:
+    _path(committed, "optimizer.bin").unlink()
+
+    with pytest.raises(StorageError, match=r"ckpt/optimizer\.bin: cannot read"):
+        read_folder(committed, "ckpt")
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[]", "{}", '{"files": 3}', '{"files": {"a": "b"}}'])
+def test_a_manifest_that_is_not_one_is_named(committed: Storage, text: str) -> None:
+    _path(committed, MANIFEST).write_text(text)
+
+    with pytest.raises(StorageError, match=r"ckpt/manifest\.json: not a manifest"):
+        read_folder(committed, "ckpt")
+
+
+def test_a_manifest_cut_in_half_is_named(committed: Storage) -> None:
+    path = _path(committed, MANIFEST)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    with pytest.raises(StorageError, match=r"ckpt/manifest\.json: not a manifest"):
+        read_folder(committed, "ckpt")
+
+
+def test_the_manifest_is_written_after_every_file_it_names(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    write_bytes = Storage.write_bytes
+
+    def recording(self: Storage, path: str, data: bytes) -> None:
+        names.append(path)
+        write_bytes(self, path, data)
+
+    monkeypatch.setattr(Storage, "write_bytes", recording)
+    commit_folder(storage, "ckpt", FILES, {})
+
+    assert names[-1] == f"ckpt/{MANIFEST}"
+    assert set(names[:-1]) == {f"ckpt/{name}" for name in FILES}
+
+
+def _fail(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failing_write_leaves_the_old_content_and_nothing_else(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes("notes/a.txt", b"old")
+    monkeypatch.setattr(os, "fsync", _fail)
+
+    with pytest.raises(StorageError, match=r"notes/a\.txt: cannot write: .*No space left"):
+        storage.write_bytes("notes/a.txt", b"new")
+
+    assert storage.read_bytes("notes/a.txt") == b"old"
+    assert storage.list_names("notes") == ["a.txt"]
+
+
+def test_checking_that_a_new_folder_is_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    open_storage(tmp_path / "a" / "b").check_writable()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_a_filesystem_that_is_no_local_one_leaves_nothing_behind(tmp_path: Path) -> None:
+    remote = Storage(fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run", "mock://run")
+    remote.filesystem.create_dir("run")
+
+    remote.check_writable()
+
+    assert remote.list_names() == []
+
+
+def test_proc_is_refused_as_storage() -> None:
+    with pytest.raises(StorageError, match="/proc/runs: cannot write here"):
+        open_storage("/proc/runs").check_writable()
+
+
+def test_a_path_below_a_file_is_refused_as_storage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StorageError, match="cannot write here"):
+        open_storage(tmp_path / "file" / "runs").check_writable()
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(StorageError, match="nowhere://x: cannot open storage"):
+        open_storage("nowhere://x")
+
+
+def test_a_deleted_folder_is_gone_and_deleting_it_again_is_no_error(committed: Storage) -> None:
+    committed.delete_folder("ckpt")
+    committed.delete_folder("ckpt")
+
+    assert not committed.exists("ckpt")
+
+
+def test_the_manifest_is_the_first_to_go_when_a_folder_is_deleted(committed: Storage) -> None:
+    local = fs.LocalFileSystem()
+
+    class FailsToDeleteFolders:
+        def __getattr__(self, name: str) -> object:
+            return getattr(local, name)
+
+        def delete_dir(self, path: str) -> None:
+            raise OSError("killed here")
+
+    half_done = Storage(FailsToDeleteFolders(), committed.root, committed.uri)
+    with pytest.raises(OSError, match="killed here"):
+        half_done.delete_folder("ckpt")
+
+    assert committed.list_names("ckpt") == sorted(FILES)
+
+
+def test_a_child_is_rooted_one_level_down(storage: Storage) -> None:
+    storage.child("run", "bundle").write_bytes("a", b"1")
+
+    assert storage.read_bytes("run/bundle/a") == b"1"
+
+
+def test_names_under_an_absent_folder_are_none(storage: Storage) -> None:
+    assert storage.list_names("nowhere") == []
+
+
+def test_a_home_folder_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert open_storage("~/runs").root == str(tmp_path / "runs")
