@@ -107,16 +107,16 @@ class ModelBundle:
             raise StorageError(f"{storage.uri}: no bundle here ({MANIFEST} is missing)")
         folder = read_folder(storage)
         document = {key: value for key, value in folder.manifest.items() if key != "files"}
+        if (version := document.get("schema_version")) != SCHEMA_VERSION:  # first: its fields may be other ones
+            raise StorageError(
+                f"{storage.uri}/{MANIFEST}: schema_version {version}, this bigray reads {SCHEMA_VERSION}"
+            )
         try:
             manifest = BundleManifest.model_validate(document)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise StorageError(f"{storage.uri}/{MANIFEST}: {place}: {first['msg']}") from None
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise StorageError(
-                f"{storage.uri}/{MANIFEST}: schema_version {manifest.schema_version}, this bigray reads {SCHEMA_VERSION}"
-            )
         if WEIGHTS not in folder.files:
             raise StorageError(f"{storage.uri}/{MANIFEST}: lists no {WEIGHTS}")
         version = folder.manifest["files"][WEIGHTS]["sha256"][:12]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def check_holdout(bundle: str, dataset: Dataset, url: str) -> HoldoutCheck:
 def curl_command(url: str, manifest: BundleManifest) -> str:
     """A request to paste into a shell: the bundle's example row."""
     body = json.dumps({"records": [manifest.example]}, separators=(",", ":"))
-    return f"curl -s {url}/predict -H 'content-type: application/json' -d '{body}'"
+    return f"curl -s {url}/predict -H 'content-type: application/json' -d {shlex.quote(body)}"
 
 
 def _collect(faults: list[str], load: Any) -> Any:
@@ -163,10 +164,11 @@ def _runs_near(storage: Storage) -> str:
 
 def _row_differences(online: Predictions, offline: Predictions) -> np.ndarray[Any, Any]:
     if offline.values is not None and online.values is not None:
-        return np.abs(online.values - offline.values)
+        return np.asarray(np.abs(online.values - offline.values))
     assert offline.probabilities is not None, "a prediction has values or probabilities"
     assert online.probabilities is not None, "the endpoint serves the same task"
-    return np.asarray(np.abs(online.probabilities - offline.probabilities).max(axis=1))
+    differences = np.abs(online.probabilities - offline.probabilities)
+    return np.asarray(differences.max(axis=1))
 
 
 def _same_labels(online: Predictions, offline: Predictions) -> np.ndarray[Any, Any]:

@@ -28,7 +28,7 @@ class Model:
 
 
 if __name__ == "__main__":
-    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.init("local", include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
     serve.run(Model.bind(sys.argv[1]))
     try:

@@ -79,14 +79,13 @@ def prepare_dataset(spec: DataSpec, task: Task) -> Dataset:
 
     table = _booleans_as_numbers(table, features)
     inputs = _feature_schema(table, features)
+    x = inputs.from_table(table)
+    _check_finite(x, inputs)
     targets, outputs = _encode_targets(table, spec.target, task)
     hashes = row_hashes(table.select([*features, spec.target]))
     split = split_rows(hashes, targets if task == "classification" else None, spec.split)  # type: ignore[arg-type]
     _check_split(spec, task, split.train.size, split.validation.size)
 
-    x = inputs.from_table(table)
-    if not np.isfinite(x).all():
-        raise SpecError("data.source: a feature holds NaN or infinite values; clean them in the source")
     preprocessing = fit_preprocessing(spec.normalize, x[split.train])
     x_standardised = preprocessing.apply(x)
     arrays = TrainingArrays(
@@ -185,6 +184,17 @@ def _encode_targets(table: pa.Table, target: str, task: Task) -> tuple[Targets, 
     names = tuple(int(c) if isinstance(c, np.integer) else str(c) for c in classes)
     outputs = OutputSchema(task=task, num_outputs=len(classes), target=target, class_names=names)
     return numbers.astype(np.int64), outputs
+
+
+def _check_finite(x: NDArray[np.float32], inputs: FeatureSchema) -> None:
+    bad_rows = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
+    if not len(bad_rows):
+        return
+    column = 0 if inputs.is_tensor else int(np.flatnonzero(~np.isfinite(x[bad_rows[0]]))[0])
+    raise SpecError(
+        f"data.source: column '{inputs.columns[column].name}' holds NaN or infinite values, first in row "
+        f"{bad_rows[0]} of {len(bad_rows)} such rows; clean them in the source"
+    )
 
 
 def _check_split(spec: DataSpec, task: Task, num_train: int, num_validation: int) -> None:

@@ -24,7 +24,7 @@ Waiting = tuple[FloatArray, "asyncio.Future[Predictions]"]
 SLOW_BATCH_S = 0.002
 """A model slower than this runs in its own thread, so that the event loop can accept requests meanwhile and Serve's
 autoscaler sees them wait. A faster one runs on the loop: handing the interpreter lock to and fro costs more than that
-(784-256-10 MLP, two cores: 1,850 requests/s in a thread, 2,900 on the loop)."""
+(784-256-10 MLP, two cores: 1,850 requests/s in a thread, 2,700 on the loop)."""
 
 
 class Batcher:

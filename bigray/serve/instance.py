@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import shutil
 import time
@@ -59,6 +60,8 @@ def start_serve(spec: ServeSpec) -> ServeControllerClient:
         shutdown()
         reason = first_error_line(str(error))
         raise DeployError(f"the proxy did not come up on port {port}: {reason}") from error
+    if _ray_ends_with_this_process():
+        atexit.register(_leave_nothing, port)
     started = running_client()
     if started is None:
         raise DeployError("Serve's controller ended right after its start; see the logs under /tmp/ray/session_latest")
@@ -95,6 +98,23 @@ def root_url(client: ServeControllerClient) -> str:
 def controller_environment(spec: ServeSpec, port: int) -> dict[str, str]:
     """bigray's settings for Serve's processes, and the file's own before them."""
     return ingress_settings(port) | spec.controller_options.runtime_env.get("env_vars", {})
+
+
+def _ray_ends_with_this_process() -> bool:
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
+def _leave_nothing(port: int) -> None:
+    """At the end of a process that started Ray itself: Serve, and an HAProxy that Ray's own end left behind."""
+    import ray
+
+    if ray.is_initialized():
+        shutdown()
+    end_orphans(port)
+    shutil.rmtree(haproxy_folder(port), ignore_errors=True)
 
 
 def _wait_until_gone(client: ServeControllerClient) -> None:

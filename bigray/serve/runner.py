@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigray.bundle import ModelBundle
 from bigray.errors import DeployError
 from bigray.inference import check_factory
-from bigray.serve.client import fetch_json
+from bigray.serve.client import fetch_json, predict_records
 from bigray.serve.config import ServeSpec
 from bigray.serve.failures import first_error_line
 from bigray.serve.ingress import free_port
@@ -36,6 +37,10 @@ class Deployment:
     """The bundle's version: the first 12 hex digits of the weights' SHA-256."""
     url: str
     """Root of its routes, without a slash at the end."""
+
+    def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Ask the endpoint over HTTP: one prediction for each record, in order."""
+        return predict_records(self.url, records)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,10 @@ class Checkpoint:
 
 
 def save_checkpoint(paths: RunPaths, trial: TrialSpec, attempt: int, checkpoint: Checkpoint) -> str:
-    """Commit a checkpoint, drop all but the newest `KEPT_CHECKPOINTS`; returns its folder (rank 0)."""
+    """Commit a checkpoint, drop all but the newest `KEPT_CHECKPOINTS`; returns its folder (rank 0).
+
+    What has a higher step goes too: the trial went back behind it, so it did not verify.
+    """
     folder = paths.checkpoint(trial.trial_id, checkpoint.progress.step)
     files = {
         "model.safetensors": checkpoint.model,
@@ -80,7 +83,9 @@ def save_checkpoint(paths: RunPaths, trial: TrialSpec, attempt: int, checkpoint:
     manifest = {"step": checkpoint.progress.step, "attempt": attempt, "config_hash": trial.config_hash}
     paths.storage.delete_folder(folder)
     commit_folder(paths.storage, folder, files, manifest)
-    for step in paths.checkpoint_steps(trial.trial_id)[KEPT_CHECKPOINTS:]:
+    steps = paths.checkpoint_steps(trial.trial_id)
+    kept = [step for step in steps if step <= checkpoint.progress.step][:KEPT_CHECKPOINTS]
+    for step in set(steps) - set(kept):
         paths.storage.delete_folder(paths.checkpoint(trial.trial_id, step))
     return folder
 

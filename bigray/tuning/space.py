@@ -61,10 +61,15 @@ def _draw(values: RangeSpec, generator: np.random.Generator) -> Any:
     if values.choice is not None:
         return values.choice[int(generator.integers(len(values.choice)))]
     if values.uniform is not None:
-        return float(f"{generator.uniform(*values.uniform):.4g}")
+        return _rounded(generator.uniform(*values.uniform), *values.uniform)
     assert values.log_uniform is not None, "RangeSpec has exactly one kind"
     low, high = values.log_uniform
-    return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")
+    return _rounded(math.exp(generator.uniform(math.log(low), math.log(high))), low, high)
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+    """To four digits, and not beyond the bounds by that."""
+    return min(max(float(f"{value:.4g}"), low), high)
 
 
 def _trial(job: JobSpec, search: SearchSpec, trial_id: str, model_name: str, config: dict[str, Any]) -> TrialSpec:

@@ -24,6 +24,11 @@ EPOCH = "epoch"
 class GroupTrial(Trainable):  # type: ignore[misc]
     """One Tune trial at a time. `config["trial"]` is a trial's id; one `step` trains to the trial's next rung."""
 
+    _spec: TrialSpec
+    _rungs: tuple[int, ...]
+    """Those still to come."""
+    _group: int | None
+
     def setup(
         self, config: dict[str, Any], trials: Mapping[str, tuple[TrialSpec, tuple[int, ...]]], switchboard: Any
     ) -> None:
@@ -55,8 +60,8 @@ class GroupTrial(Trainable):  # type: ignore[misc]
         return {EPOCH: target, spec.selection_metric: value, "done": state.ended is not None}
 
     def _begin(self, trial_id: str) -> None:
-        self._spec, self._rungs = self._trials[trial_id]  # the rungs still to come
-        self._group: int | None = ask(self._switchboard.lease.remote())
+        self._spec, self._rungs = self._trials[trial_id]
+        self._group = ask(self._switchboard.lease.remote())
         self._tell(Event("started", trial_id, {"group": self._group}))
 
     def _end(self) -> None:

@@ -1,0 +1,114 @@
+"""The main job as a user runs it: job file in, endpoint checked over HTTP, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.e2e.conftest import BIGRAY, Run, last_json, ray_processes
+
+DIGITS = "examples/digits/job.toml"
+
+
+def small_search(folder: Path, trials: int = 6) -> str:
+    file = folder / "search.toml"
+    text = Path("tuning/lr_batch.toml").read_text()
+    file.write_text(text.replace("trials    = 24", f"trials    = {trials}"))
+    return str(file)
+
+
+def test_run_trains_deploys_and_answers_every_holdout_row_as_offline_and_leaves_nothing(
+    bigray: Run, tmp_path: Path, serve_file: str
+) -> None:
+    before = ray_processes()
+    files = ("--search", small_search(tmp_path), "--serve", serve_file)
+    done = bigray("run", DIGITS, *files, "--set", f"storage={tmp_path}/runs", "--exit", "--json")
+    assert done.returncode == 0, done.stderr
+    document = last_json(done.stdout)
+    holdout = document["holdout"]
+    assert len(document["leaderboard"]["trials"]) == 6
+    assert holdout["num_rows"] == 269
+    assert holdout["num_equal"] == holdout["num_rows"]
+    assert holdout["metrics"]["accuracy"] > 0.95
+    assert ray_processes() <= before, "no process of Ray's or HAProxy's is left"
+
+
+def test_training_that_was_killed_goes_on_with_the_same_command(bigray: Run, tmp_path: Path) -> None:
+    settings = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=60", "--set", "seed=3")
+    every = ("--set", "training.checkpoint_every_s=0.1")
+    process = subprocess.Popen([BIGRAY, "train", DIGITS, *settings, *every], stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = bigray("train", DIGITS, *settings, *every, "--json")
+    plain = bigray("train", DIGITS, *settings, *every)
+    assert again.returncode == 0, again.stderr
+    assert last_json(again.stdout)["leaderboard"]["trials"][0]["status"] == "finished"
+    assert "is complete already" in plain.stderr
+    journals = sorted(tmp_path.glob("runs/digits-*/journal/*.jsonl"))
+    assert len(journals) == 2, "the second command went on in the first one's run folder"
+    assert '"kind": "resumed"' in journals[1].read_text()
+
+
+def wait_for_checkpoint(folder: Path, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not list(folder.glob("runs/*/trials/*/ckpt-*/manifest.json")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.1)
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_no_process(tmp_path: Path) -> None:
+    before = ray_processes()
+    settings = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=2000")
+    process = subprocess.Popen([BIGRAY, "train", DIGITS, *settings], stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint_or_epoch(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on where it stopped" in errors
+    assert "Traceback" not in errors
+    wait_until_gone(before)
+
+
+def wait_for_checkpoint_or_epoch(folder: Path, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not any('"epoch"' in path.read_text() for path in folder.glob("runs/*/journal/*.jsonl")):
+        assert time.monotonic() < deadline, "no epoch was reported"
+        time.sleep(0.1)
+
+
+def wait_until_gone(before: set[int], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while left := ray_processes() - before:
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.2)
+
+
+def test_status_predict_and_delete_work_from_another_terminal(bigray: Run, tmp_path: Path, serve_file: str) -> None:
+    storage = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=2")
+    trained = last_json(bigray("train", DIGITS, *storage, "--json").stdout)["leaderboard"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [BIGRAY, "deploy", trained["folder"], "--config", serve_file],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if line.startswith("serving"))
+        url = line.split()[-1]
+        rows = tmp_path / "rows.json"
+        curl = next(line for line in process.stdout if line.startswith("curl"))
+        rows.write_text(curl.split(" -d ", 1)[1].strip().strip("'"))
+        status, predicted = bigray("status"), bigray("predict", url, str(rows))
+        assert "RUNNING" in status.stdout, status.stderr
+        assert '"label"' in predicted.stdout, predicted.stderr
+        deleted, after = bigray("delete", "model"), bigray("status")
+        assert deleted.returncode == 0, deleted.stderr
+        assert "nothing is served" in after.stdout
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)

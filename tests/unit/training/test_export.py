@@ -1,0 +1,183 @@
+"""From a trial's checkpoint to a bundle. The exporter takes seconds, so each real export serves several tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from bigray.bundle import BundleManifest, FactorySpec, ModelBundle, Origin, OutputSchema
+from bigray.data.features import Column, FeatureSchema
+from bigray.data.preprocessing import Preprocessing
+from bigray.errors import StorageError
+from bigray.inference import Predictor
+from bigray.models import build_model
+from bigray.paths import RunPaths
+from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
+from bigray.storage import open_storage
+from bigray.training.checkpoint import Checkpoint, Progress, pack_weights, save_checkpoint, unpack_weights
+from bigray.training.export import TOLERANCE, Exported, _export_onnx, export_bundle
+
+ROWS = np.random.default_rng(0).normal(size=(64, 8, 8)).astype(np.float32)
+
+
+def _trial(factory: str, params: dict[str, Any]) -> TrialSpec:
+    return TrialSpec(
+        trial_id="0-net",
+        model_name="net",
+        model=ModelSpec(factory=factory, params=params),
+        training=TrainingSpec(task="classification"),
+        seed=0,
+    )
+
+
+def _manifest(trial: TrialSpec) -> BundleManifest:
+    return BundleManifest(
+        name="digits",
+        origin=Origin(
+            run="digits-1",
+            trial=trial.trial_id,
+            model=trial.model_name,
+            step=10,
+            epoch=2,
+            metrics={"val_loss": 0.5},
+            config=trial.training.model_dump(mode="json"),
+            seeds={"job": 0},
+            data_fingerprint="f",
+            git=None,
+            versions={},
+        ),
+        inputs=FeatureSchema(columns=(Column(name="image", shape=(8, 8)),)),
+        preprocessing=Preprocessing(kind="standard", mean=(0.5,), std=(2.0,)),
+        outputs=OutputSchema(task="classification", num_outputs=3, target="label", class_names=(0, 1, 2)),
+        factory=FactorySpec(factory=trial.model.factory, params=trial.model.params),
+        example={"image": ROWS[0].tolist()},
+    )
+
+
+def _export(paths: RunPaths, trial: TrialSpec) -> tuple[Exported, bytes, bytes]:
+    """Save a checkpoint whose best weights are not its last ones, and export; also returns both weights."""
+    best, last = (
+        pack_weights(
+            build_model(trial.model.factory, {**trial.model.params}, (8, 8), 3).state_dict()
+        )
+        for _ in range(2)
+    )
+    save_checkpoint(paths, trial, 1, Checkpoint(Progress(epoch=3, step=15), last, pack_weights({}), best))
+    return export_bundle(paths, trial, _manifest(trial), ROWS), best, last
+
+
+MODELS = {
+    "cnn": ("bigray.models:cnn", {"channels": [4, 4], "dropout": 0.5}),
+    "mlp": ("bigray.models:mlp", {"hidden": [8]}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelBundle, Path]:
+    """A bundle with `model.onnx`, and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    result, best, last = _export(RunPaths(open_storage(folder), "digits-1"), _trial(*MODELS[request.param]))
+    assert result == Exported(f"{folder}/bundle", None)
+    bundle = ModelBundle.load(result.uri)
+    assert bundle.weights == best != last
+    return bundle, folder / "bundle"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_the_onnx_model_answers_as_the_module_does_for_any_number_of_rows(
+    exported: tuple[ModelBundle, Path], rows: int
+) -> None:
+    bundle, _ = exported
+    module = build_model(bundle.manifest.factory.factory, bundle.manifest.factory.params, (8, 8), 3).eval()
+    module.load_state_dict(unpack_weights(bundle.weights))
+    predictor = Predictor(bundle)
+
+    with torch.inference_mode():
+        standardised = torch.from_numpy((ROWS[:rows] - 0.5) / 2)
+        expected = torch.softmax(module(standardised), dim=1).numpy()
+
+    assert predictor.backend == "onnxruntime"
+    np.testing.assert_allclose(predictor.run(ROWS[:rows]).probabilities, expected, atol=TOLERANCE)
+
+
+def test_torch_and_onnx_runtime_answer_alike(exported: tuple[ModelBundle, Path]) -> None:
+    bundle, _ = exported
+    without = ModelBundle(bundle.manifest, bundle.weights, None, bundle.version)
+    by_onnx, by_torch = Predictor(bundle).run(ROWS), Predictor(without).run(ROWS)
+
+    assert Predictor(without).backend == "torch"
+    assert by_onnx.labels == by_torch.labels
+    np.testing.assert_allclose(by_onnx.probabilities, by_torch.probabilities, atol=1e-5)
+
+
+def test_a_bundle_is_safetensors_onnx_and_json_and_nothing_else(exported: tuple[ModelBundle, Path]) -> None:
+    _, folder = exported
+
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "model.onnx", "weights.safetensors"}
+
+
+def test_a_module_that_cannot_be_exported_gives_a_bundle_without_onnx_and_says_why(
+    paths: RunPaths, user_module: Callable[[str], str]
+) -> None:
+    name = user_module(
+        """
+        import torch
+        from torch import nn
+
+        class Net(nn.Linear):
+            def forward(self, x):
+                if torch.compiler.is_exporting():
+                    raise RuntimeError("not for export")
+                return super().forward(x.flatten(1))
+
+        def make(shape, outputs):
+            return Net(64, outputs)
+        """
+    )
+    result, best, _ = _export(paths, _trial(f"{name}:make", {}))
+    bundle = ModelBundle.load(result.uri)
+
+    assert result.why_no_onnx is not None
+    assert result.why_no_onnx.startswith("export failed: ")
+    assert (bundle.onnx, bundle.weights) == (None, best)
+
+
+def test_a_trial_without_a_checkpoint_cannot_be_exported(paths: RunPaths) -> None:
+    trial = _trial("bigray.models:mlp", {})
+
+    with pytest.raises(StorageError, match="trials/0-net: no checkpoint to export"):
+        export_bundle(paths, trial, _manifest(trial), ROWS)
+
+
+def _onnx_of(operator: str) -> bytes:
+    """One operator from (rows, 3) to (rows, 3)."""
+    features, outputs = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 3]) for name in ("features", "outputs")
+    )
+    graph = helper.make_graph([helper.make_node(operator, ["features"], ["outputs"])], "g", [features], [outputs])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("operator", "accepted"), [("Identity", True), ("Neg", False), ("Log", False)], ids=["equal", "other", "nan"]
+)
+def test_only_an_export_that_gives_the_modules_own_answers_is_taken(
+    monkeypatch: pytest.MonkeyPatch, operator: str, accepted: bool
+) -> None:
+    monkeypatch.setattr("bigray.training.export._to_onnx", lambda *_: _onnx_of(operator))
+    sample = np.linspace(-3, -1, 12, dtype=np.float32).reshape(4, 3)  # the logarithm of these is NaN
+
+    model, why_not = _export_onnx(torch.nn.Identity(), sample)
+
+    assert (model is not None) is accepted
+    assert (why_not is None) is accepted
