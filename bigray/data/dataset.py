@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -202,8 +201,8 @@ def _check_split(spec: DataSpec, task: Task, num_train: int, num_validation: int
         raise SpecError("data.split: leaves no training rows")
     if num_validation == 0:
         raise SpecError(
-            f"data.split.validation: {spec.split.validation:g} of the rows is none; "
-            f"at least {math.ceil(1 / max(spec.split.validation, 1e-9)) if spec.split.validation else 'some'} are needed"
+            f"data.split.validation: {spec.split.validation:g} leaves no row to validate on; "
+            f"use a larger share, or more rows that differ (equal rows stay on one side)"
         )
     if task == "regression" and num_validation < 2:
         raise SpecError("data.split.validation: leaves one row, and val_r2 needs at least two")

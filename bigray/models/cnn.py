@@ -19,11 +19,10 @@ def cnn(
     Takes (rows, H, W) or (rows, C, H, W). The last feature map is flattened, not pooled to one value, so that small
     images keep their layout. Weights are laid out channels-last, which halves a step on the CPU (docs/how_it_works.md).
     """
+    check_images(input_shape, channels)
     import torch
     from torch import nn
 
-    if len(input_shape) not in (2, 3):
-        raise SpecError(f"cnn: expected images of shape (H, W) or (C, H, W), got {input_shape}")
     depth, height, width = (1, *input_shape) if len(input_shape) == 2 else input_shape
     layers: list[nn.Module] = [nn.Unflatten(1, (1, height))] if len(input_shape) == 2 else []
     for index, fan_out in enumerate(channels):
@@ -32,9 +31,15 @@ def cnn(
         if index > 0:
             layers.append(nn.MaxPool2d(2))
             height, width = height // 2, width // 2
-    if min(height, width) == 0:
-        raise SpecError(f"cnn: {len(channels)} layers halve an image of {input_shape} to nothing; use fewer channels")
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(depth * height * width, num_outputs))
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def check_images(input_shape: tuple[int, ...], channels: Sequence[int]) -> None:
+    """Raise `SpecError` unless `cnn` takes this input. Without torch, so that it can be asked before a start."""
+    if len(input_shape) not in (2, 3):
+        raise SpecError(f"cnn: expected images of shape (H, W) or (C, H, W), got {input_shape}")
+    if min(input_shape[-2:]) >> max(0, len(channels) - 1) == 0:
+        raise SpecError(f"cnn: {len(channels)} layers halve an image of {input_shape} to nothing; use fewer channels")

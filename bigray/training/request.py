@@ -9,7 +9,8 @@ from typing import Any
 
 from bigray.data.dataset import Dataset, prepare_dataset
 from bigray.errors import SpecError
-from bigray.models import build_model, load_factory
+from bigray.models import build_model, cnn, load_factory
+from bigray.models.cnn import check_images
 from bigray.specs import JobSpec, TrialSpec, digest
 
 
@@ -56,7 +57,11 @@ def _model_faults(job: JobSpec, dataset: Dataset) -> Iterable[str]:
         try:
             if model.factory.startswith("bigray.models:"):
                 # ours return modules: checking the parameters alone spares the seconds that importing torch takes
-                inspect.signature(load_factory(model.factory)).bind(shape, num_outputs, **model.params)
+                factory = load_factory(model.factory)
+                given = inspect.signature(factory).bind(shape, num_outputs, **model.params)
+                given.apply_defaults()
+                if factory is cnn:
+                    check_images(shape, given.arguments["channels"])
             else:
                 build_model(model.factory, model.params, shape, num_outputs)
         except SpecError as error:

@@ -78,9 +78,7 @@ def test_the_bundles_own_standardisation_is_applied(bundle: ModelBundle) -> None
     without = Predictor(ModelBundle(plain, bundle.weights, None, bundle.version))
     standardised = bundle.manifest.preprocessing.apply(ROWS)
 
-    np.testing.assert_array_equal(
-        Predictor(bundle).run(ROWS).probabilities, without.run(standardised).probabilities
-    )
+    np.testing.assert_array_equal(Predictor(bundle).run(ROWS).probabilities, without.run(standardised).probabilities)
 
 
 def test_records_hold_what_json_can() -> None:

@@ -266,13 +266,21 @@ def test_a_good_search_file_becomes_a_search(tmp_path: Path, job: JobSpec) -> No
 BAD_SEARCHES = [
     ("low above high", "trials = 1\nspace.lr = { uniform = [0.2, 0.1] }", "space.lr: empty range, low 0.2"),
     ("low equal to high", "trials = 1\nspace.lr = { uniform = [0.1, 0.1] }", "space.lr: empty range, low 0.1"),
-    ("a logarithm of 0", "trials = 1\nspace.lr = { log_uniform = [0, 1] }", "space.lr: log_uniform needs a low above 0"),
+    (
+        "a logarithm of 0",
+        "trials = 1\nspace.lr = { log_uniform = [0, 1] }",
+        "space.lr: log_uniform needs a low above 0",
+    ),
     ("an infinite range", "trials = 1\nspace.lr = { uniform = [0.1, inf] }", "space.lr: empty range"),
     ("an empty choice", "trials = 1\nspace.lr = { choice = [] }", "space.lr.choice: "),
     ("an empty space", "trials = 1\nspace = {}", "space: "),
     ("an unknown kind", "trials = 1\nspace.lr = { log = [0.1, 1] }", "space.lr.log: unknown key"),
     ("a grid with a range", 'search = "grid"\nspace.lr = { uniform = [0.1, 0.2] }', "a grid needs 'choice'"),
-    ("a grid with trials", 'search = "grid"\ntrials = 3\nspace.lr = { choice = [0.1] }', "a grid runs its whole product"),
+    (
+        "a grid with trials",
+        'search = "grid"\ntrials = 3\nspace.lr = { choice = [0.1] }',
+        "a grid runs its whole product",
+    ),
     ("random without trials", "space.lr = { choice = [0.1] }", "a random search needs 'trials'"),
     (
         "a key that is no training setting",

@@ -34,7 +34,7 @@ def test_a_run_named_without_its_number_is_suggested(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_bundle_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="nothing: no bundle here$"):
+    with pytest.raises(StorageError, match=r"nothing: no bundle here$"):
         find_bundle(tmp_path / "nothing")
 
 

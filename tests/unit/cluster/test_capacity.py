@@ -32,7 +32,9 @@ def _workers(num_workers: int = 1, cpus: float = 1.0, gpus: float = 0.0) -> Scal
         ([], _workers(), 0),
     ],
 )
-def test_workers_are_counted_node_by_node(nodes: list[tuple[float, float]], scaling: ScalingSpec, expected: int) -> None:
+def test_workers_are_counted_node_by_node(
+    nodes: list[tuple[float, float]], scaling: ScalingSpec, expected: int
+) -> None:
     assert workers_that_fit(_idle(*nodes), scaling, free_only=False) == expected
 
 

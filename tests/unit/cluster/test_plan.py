@@ -29,7 +29,9 @@ def _plan(
     return make_plan(job, num_trials, ROWS, capacity, serve)
 
 
-def _faults(scaling: dict[str, Any], capacity: Capacity = FOUR_CPUS, serve: ServeNeeds | None = None) -> tuple[str, ...]:
+def _faults(
+    scaling: dict[str, Any], capacity: Capacity = FOUR_CPUS, serve: ServeNeeds | None = None
+) -> tuple[str, ...]:
     with pytest.raises(CapacityError) as caught:
         _plan(scaling, capacity, serve=serve)
     return caught.value.faults

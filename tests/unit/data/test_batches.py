@@ -13,7 +13,7 @@ def test_an_epoch_goes_through_every_row_once() -> None:
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
-    np.random.seed(99)  # noqa: NPY002 - the global state must not matter
+    np.random.seed(99)
     first = epoch_order(1, 2, 50)
     np.random.random(10)
 

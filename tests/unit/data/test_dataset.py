@@ -248,7 +248,15 @@ def test_a_split_without_validation_rows_is_told(tmp_path: Path) -> None:
 
     (fault,) = _faults(tmp_path, table, "regression", split=SplitSpec(validation=0.05, holdout=0.1).model_dump())
 
-    assert fault == "data.split.validation: 0.05 of the rows is none; at least 20 are needed"
+    assert fault.startswith("data.split.validation: 0.05 leaves no row to validate on; use a larger share")
+
+
+def test_rows_that_are_all_alike_cannot_be_split_and_the_fault_says_so(tmp_path: Path) -> None:
+    table = pa.table({"a": [1.0] * 100, "label": [0, 1] * 50})
+
+    (fault,) = _faults(tmp_path, table)
+
+    assert fault.startswith("data.split: leaves no training rows")
 
 
 def test_a_split_without_training_rows_is_told(tmp_path: Path) -> None:

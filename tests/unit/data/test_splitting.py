@@ -107,7 +107,6 @@ def test_adding_rows_moves_few_of_the_old_ones() -> None:
     old, new = _names(fewer, _split(fewer)), _names(table, _split(table))
 
     moved = sum(len(before - after) for before, after in zip(old, new, strict=True))
-    assert 0 < moved + sum(map(len, new)) - sum(map(len, old))
     assert moved < 30
 
 

@@ -64,10 +64,7 @@ def _manifest(trial: TrialSpec) -> BundleManifest:
 def _export(paths: RunPaths, trial: TrialSpec) -> tuple[Exported, bytes, bytes]:
     """Save a checkpoint whose best weights are not its last ones, and export; also returns both weights."""
     best, last = (
-        pack_weights(
-            build_model(trial.model.factory, {**trial.model.params}, (8, 8), 3).state_dict()
-        )
-        for _ in range(2)
+        pack_weights(build_model(trial.model.factory, {**trial.model.params}, (8, 8), 3).state_dict()) for _ in range(2)
     )
     save_checkpoint(paths, trial, 1, Checkpoint(Progress(epoch=3, step=15), last, pack_weights({}), best))
     return export_bundle(paths, trial, _manifest(trial), ROWS), best, last
