@@ -19,7 +19,9 @@ from bigray.errors import BigrayError
 if TYPE_CHECKING:
     from bigray.results import Leaderboard
     from bigray.serve.runner import Deployment
+    from bigray.training.commands import Event
     from bigray.training.request import RunRequest
+    from bigray.training.session import Listener
     from bigray.workflow import Asked
 
 
@@ -151,16 +153,20 @@ def run(
     from bigray.cluster.connect import connect
     from bigray.serve.runner import delete as delete_application
     from bigray.serve.runner import deploy as deploy_bundle
-    from bigray.workflow import check_holdout, plan_request, read_files, request_of
+    from bigray.training.groups import preload
+    from bigray.workflow import check_holdout, plan_request, read_files, request_of, serve_ahead
 
     asked = read_files(job, set_ or (), search, serve)
     assert asked.serve is not None, "read_files loads the serve file it is given"
     request = request_of(asked)
-    plan_request(request, asked.serve) if not _is_joining(address) else None
+    if not _is_joining(address):
+        plan_request(request, asked.serve)  # says no before Ray starts
+    preload()
     with connect(address) as connection:
         plan_request(request, asked.serve, address=address)
-        board = _execute(request, asked, address, new, as_json)
-        document = _show_board(board, as_json=as_json)
+        with serve_ahead(asked.serve) as on_event:
+            board = _execute(request, asked, address, new, as_json, on_event)
+            document = _show_board(board, as_json=as_json)
         deployment = deploy_bundle(board.bundle.uri, asked.serve)
         document |= _show_deployment(deployment, board.bundle.uri, as_json=as_json)
         check = check_holdout(board.bundle.uri, request.dataset, deployment.url)
@@ -182,7 +188,8 @@ def submit(
     serve: Annotated[str, typer.Option("--serve", help="A serve file.")] = "serve/local.yaml",
     set_: Overrides = None,
     address: Annotated[
-        str | None, typer.Option("--address", help="The cluster's dashboard. [env: RAY_API_SERVER_ADDRESS, RAY_ADDRESS]")
+        str | None,
+        typer.Option("--address", help="The cluster's dashboard, http://head:8265. [env: RAY_API_SERVER_ADDRESS]"),
     ] = None,
     exit_: Annotated[bool, typer.Option("--exit", help="End the endpoint after the check.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job's output.")] = False,
@@ -248,12 +255,14 @@ def _train_or_tune(
     job: str, search: str | None, overrides: list[str] | None, address: str | None, new: bool, as_json: bool
 ) -> None:
     from bigray.cluster.connect import connect
+    from bigray.training.groups import preload
     from bigray.workflow import plan_request, read_files, request_of
 
     asked = read_files(job, overrides or (), search)
     request = request_of(asked)
     if not _is_joining(address):
         plan_request(request)  # says no before Ray starts
+    preload()
     with connect(address):
         board = _execute(request, asked, address, new, as_json)
     document = _show_board(board, as_json=as_json)
@@ -261,15 +270,23 @@ def _train_or_tune(
         _print_json(document)
 
 
-def _execute(request: RunRequest, asked: Asked, address: str | None, new: bool, as_json: bool) -> Leaderboard:
+def _execute(
+    request: RunRequest, asked: Asked, address: str | None, new: bool, as_json: bool, on_event: Listener | None = None
+) -> Leaderboard:
     from bigray import console
     from bigray.training.runner import train_request
     from bigray.tuning.runner import tune_request
 
     with console.run_view(quiet=as_json) as view:
+
+        def listen(event: Event) -> None:
+            view(event)
+            if on_event is not None:
+                on_event(event)
+
         if asked.search is None:
-            return train_request(request, address=address, listener=view, new=new)
-        return tune_request(request, asked.search, address=address, listener=view, new=new)
+            return train_request(request, address=address, listener=listen, new=new)
+        return tune_request(request, asked.search, address=address, listener=listen, new=new)
 
 
 def _is_joining(address: str | None) -> bool:

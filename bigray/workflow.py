@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +19,22 @@ from bigray.cluster.capacity import connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.plan import Plan, make_plan
 from bigray.data.dataset import Dataset
-from bigray.errors import SpecError, StorageError
+from bigray.errors import DeployError, SpecError, StorageError
 from bigray.inference import Predictions, Predictor
 from bigray.loading import load_job, load_search
 from bigray.paths import BUNDLE
 from bigray.results import HoldoutCheck, Leaderboard
 from bigray.serve.client import predict_table
 from bigray.serve.config import ServeSpec, load_serve
+from bigray.serve.instance import start_serve
 from bigray.serve.runner import Deployment
 from bigray.serve.runner import deploy as deploy_bundle
 from bigray.specs import JobSpec, SearchSpec
 from bigray.storage import MANIFEST, Storage, open_storage
+from bigray.training.commands import Event
 from bigray.training.request import RunRequest, make_request
 from bigray.training.runner import training_trials
+from bigray.training.session import Listener
 from bigray.tuning.space import search_trials
 
 EQUAL_WITHIN = 1e-6
@@ -124,6 +130,28 @@ def deploy(
     bundle = find_bundle(run.bundle if isinstance(run, Leaderboard) else run)
     ensure_connected(address)
     return deploy_bundle(bundle, spec)
+
+
+@contextmanager
+def serve_ahead(spec: ServeSpec) -> Iterator[Listener]:
+    """A run's listener that starts Serve while the winner is being exported, which leaves cores idle.
+
+    What goes wrong there goes wrong again, and is told, in `deploy`.
+    """
+    starting: list[threading.Thread] = []
+
+    def start() -> None:
+        with contextlib.suppress(DeployError):
+            start_serve(spec)
+
+    def on_event(event: Event) -> None:
+        if event.kind == "exporting":
+            starting.append(threading.Thread(target=start, name="serve-ahead", daemon=True))
+            starting[-1].start()
+
+    yield on_event
+    for thread in starting:
+        thread.join()
 
 
 def check_holdout(bundle: str, dataset: Dataset, url: str) -> HoldoutCheck:

@@ -79,7 +79,7 @@ def shutdown() -> None:
     port = client.http_config.port
     # `serve.shutdown()` alone waits inside the controller until that is killed, which Ray reports as a failed task
     ray.get(client._controller.graceful_shutdown.remote(wait=False))
-    _wait_until_gone(client)
+    _wait_until_gone()
     serve.shutdown()
     end_orphans(port)
     shutil.rmtree(haproxy_folder(port), ignore_errors=True)
@@ -117,14 +117,16 @@ def _leave_nothing(port: int) -> None:
     shutil.rmtree(haproxy_folder(port), ignore_errors=True)
 
 
-def _wait_until_gone(client: ServeControllerClient) -> None:
+def _wait_until_gone() -> None:
+    """Until the controller's name is free; asking the controller itself would be a task that fails with it."""
     import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            ray.get(client._controller.check_alive.remote(), timeout=POLL_S * 10)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
             return
         time.sleep(POLL_S)
 

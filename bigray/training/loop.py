@@ -47,6 +47,20 @@ class Worker:
     device: torch.device
 
 
+class _Clock:
+    """Says once every `interval_s` that it is time."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s, self._last = interval_s, time.monotonic()
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._interval_s:
+            return False
+        self._last = now
+        return True
+
+
 class TrialTraining:
     """One trial in this worker's memory: module, optimizer and progress.
 
@@ -76,7 +90,7 @@ class TrialTraining:
         spec, worker = self.trial.training, self.worker
         num_rows = len(self.data.x_train)
         num_steps = steps_per_epoch(num_rows, spec.global_batch_size)
-        last_checkpoint = time.monotonic()
+        clock = _Clock(spec.checkpoint_every_s)
 
         while self.progress.ended is None and self.progress.epoch < until_epoch:
             started, first_batch = time.perf_counter(), self.progress.batch
@@ -100,14 +114,16 @@ class TrialTraining:
                 loss_sum += loss.detach()
                 num_samples += len(rows)
                 self.progress = replace(self.progress, batch=batch + 1, step=self.progress.step + 1)
-                if worker.rank == 0 and time.monotonic() - last_checkpoint > spec.checkpoint_every_s:
+                # the last step's checkpoint waits for the validation that belongs to it
+                if worker.rank == 0 and batch + 1 < num_steps and clock.is_due():
                     on_checkpoint(self.to_checkpoint())
-                    last_checkpoint = time.monotonic()
 
             _sum_over_ranks(loss_sum, worker)
             train_seconds = time.perf_counter() - started
             train_loss = float(loss_sum) / num_samples
             self._end_epoch(train_loss)
+            if worker.rank == 0 and self.progress.ended is None and clock.is_due():
+                on_checkpoint(self.to_checkpoint())
             if worker.rank == 0:
                 on_epoch(
                     {

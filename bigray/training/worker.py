@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from bigray.data.dataset import TrainingArrays
 from bigray.errors import BigrayError
-from bigray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bigray.training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from bigray.training.commands import Event, ExportBundle, Stop, TrainTo
 from bigray.training.export import export_bundle
 from bigray.training.loop import TrialTraining, Worker
@@ -39,6 +39,8 @@ class _CommandLoop:
         self._is_first = worker.rank == 0
         self._data: TrainingArrays = ray.get(setup.data)
         self._training: TrialTraining | None = None
+        self._saved: Progress | None = None
+        """Progress of the newest checkpoint on storage."""
         # control messages are Python objects: they go over gloo even where the gradients go over NCCL
         self._control = dist.new_group(backend="gloo") if worker.device.type == "cuda" else None
 
@@ -62,13 +64,13 @@ class _CommandLoop:
 
     def _train(self, command: TrainTo) -> Any:
         training = self._training_of(command)
-        before = training.progress
+        self._saved = training.progress
         training.train_to(
             command.epoch,
             on_epoch=lambda report: self._push("epoch", command, report),
             on_checkpoint=lambda checkpoint: self._save(command, checkpoint),
         )
-        if self._is_first and training.progress != before:
+        if self._is_first and training.progress != self._saved:
             self._save(command, training.to_checkpoint())
         return training.progress.to_state()
 
@@ -101,6 +103,7 @@ class _CommandLoop:
 
     def _save(self, command: TrainTo, checkpoint: Checkpoint) -> None:
         save_checkpoint(self._setup.paths, command.trial, self._setup.attempt, checkpoint)
+        self._saved = checkpoint.progress
         self._push("checkpoint", command, {"step": checkpoint.progress.step})
 
     def _push(self, kind: str, command: TrainTo | ExportBundle, values: dict[str, Any]) -> None:

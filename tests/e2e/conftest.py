@@ -43,9 +43,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def last_json(text: str) -> Any:
-    """The document that `--json` printed."""
-    return json.loads(text[text.index("{") :])
+def only_json(text: str) -> Any:
+    """The document that `--json` printed, and nothing else on standard output."""
+    return json.loads(text)
 
 
 def ray_processes() -> set[int]:

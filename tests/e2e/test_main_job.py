@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.e2e.conftest import BIGRAY, Run, last_json, ray_processes
+from tests.e2e.conftest import BIGRAY, Run, only_json, ray_processes
 
 DIGITS = "examples/digits/job.toml"
 
@@ -25,17 +25,46 @@ def test_run_trains_deploys_and_answers_every_holdout_row_as_offline_and_leaves_
     files = ("--search", small_search(tmp_path), "--serve", serve_file)
     done = bigray("run", DIGITS, *files, "--set", f"storage={tmp_path}/runs", "--exit", "--json")
     assert done.returncode == 0, done.stderr
-    document = last_json(done.stdout)
+    document = only_json(done.stdout)
     holdout = document["holdout"]
     assert len(document["leaderboard"]["trials"]) == 6
     assert holdout["num_rows"] == 269
     assert holdout["num_equal"] == holdout["num_rows"]
     assert holdout["metrics"]["accuracy"] > 0.95
     assert ray_processes() <= before, "no process of Ray's or HAProxy's is left"
+    check_deploying_the_run_again(bigray, document["leaderboard"]["folder"], tmp_path, serve_file)
+
+
+def check_deploying_the_run_again(bigray: Run, folder: str, tmp_path: Path, serve_file: str) -> None:
+    """`deploy` in one terminal; `status`, `predict` and `delete` in another."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [BIGRAY, "deploy", folder, "--config", serve_file],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if line.startswith("serving")).split()[-1]
+        curl = next(line for line in process.stdout if line.startswith("curl"))
+        rows = tmp_path / "rows.json"
+        rows.write_text(curl.split(" -d ", 1)[1].strip().strip("'"))
+        status, predicted = bigray("status"), bigray("predict", url, str(rows))
+        assert "RUNNING" in status.stdout, status.stderr
+        assert '"label"' in predicted.stdout, predicted.stderr
+        deleted, after = bigray("delete", "model"), bigray("status")
+        assert deleted.returncode == 0, deleted.stderr
+        assert "nothing is served" in after.stdout
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
 
 
 def test_training_that_was_killed_goes_on_with_the_same_command(bigray: Run, tmp_path: Path) -> None:
-    settings = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=60", "--set", "seed=3")
+    one_model = "models={mlp={factory='bigray.models:mlp'}}"
+    settings = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=40", "--set", one_model)
     every = ("--set", "training.checkpoint_every_s=0.1")
     process = subprocess.Popen([BIGRAY, "train", DIGITS, *settings, *every], stderr=subprocess.PIPE, text=True)
     wait_for_checkpoint(tmp_path)
@@ -44,7 +73,7 @@ def test_training_that_was_killed_goes_on_with_the_same_command(bigray: Run, tmp
     again = bigray("train", DIGITS, *settings, *every, "--json")
     plain = bigray("train", DIGITS, *settings, *every)
     assert again.returncode == 0, again.stderr
-    assert last_json(again.stdout)["leaderboard"]["trials"][0]["status"] == "finished"
+    assert only_json(again.stdout)["leaderboard"]["trials"][0]["status"] == "finished"
     assert "is complete already" in plain.stderr
     journals = sorted(tmp_path.glob("runs/digits-*/journal/*.jsonl"))
     assert len(journals) == 2, "the second command went on in the first one's run folder"
@@ -83,32 +112,3 @@ def wait_until_gone(before: set[int], timeout_s: float = 20.0) -> None:
     while left := ray_processes() - before:
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.2)
-
-
-def test_status_predict_and_delete_work_from_another_terminal(bigray: Run, tmp_path: Path, serve_file: str) -> None:
-    storage = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=2")
-    trained = last_json(bigray("train", DIGITS, *storage, "--json").stdout)["leaderboard"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(
-        [BIGRAY, "deploy", trained["folder"], "--config", serve_file],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = next(line for line in process.stdout if line.startswith("serving"))
-        url = line.split()[-1]
-        rows = tmp_path / "rows.json"
-        curl = next(line for line in process.stdout if line.startswith("curl"))
-        rows.write_text(curl.split(" -d ", 1)[1].strip().strip("'"))
-        status, predicted = bigray("status"), bigray("predict", url, str(rows))
-        assert "RUNNING" in status.stdout, status.stderr
-        assert '"label"' in predicted.stdout, predicted.stderr
-        deleted, after = bigray("delete", "model"), bigray("status")
-        assert deleted.returncode == 0, deleted.stderr
-        assert "nothing is served" in after.stdout
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)

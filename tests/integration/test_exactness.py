@@ -39,40 +39,34 @@ def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def test_one_two_and_four_workers_end_with_the_same_weights(tmp_path: Path) -> None:
-    by_workers = {}
-    for workers in (1, 2, 4):
-        job = make_job(tmp_path, workers=workers, epochs=EPOCHS)
-        request = make_request(job, training_trials(job))
-        (trial,) = request.trials
-        variants = [
-            trial.model_copy(update={"trial_id": name, "training": trial.training.model_copy(update=settings)})
-            for name, settings in {
-                "sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
-                "adamw": {"optimizer": "adamw", "lr": 0.01},
-            }.items()
-        ]
-        paths = RunPaths(open_storage(tmp_path / f"workers-{workers}"), "exactness")
-        by_workers[workers] = weights_after_training(request, variants, paths)
+def variants(trial: TrialSpec, settings: dict[str, dict[str, object]]) -> list[TrialSpec]:
+    """The same trial with other training settings, each under its own name."""
+    return [
+        trial.model_copy(update={"trial_id": name, "training": trial.training.model_copy(update=changes)})
+        for name, changes in settings.items()
+    ]
+
+
+def train_at(workers: int, folder: Path, settings: dict[str, dict[str, object]]) -> dict[str, np.ndarray]:
+    job = make_job(folder, workers=workers, epochs=EPOCHS)
+    request = make_request(job, training_trials(job))
+    paths = RunPaths(open_storage(folder / f"workers-{workers}"), "exactness")
+    return weights_after_training(request, variants(request.trials[0], settings), paths)
+
+
+def test_any_number_of_workers_takes_the_same_steps_and_a_trial_leaves_nothing_behind(tmp_path: Path) -> None:
+    """One test for both, since what takes time is starting the groups of one, two and four workers."""
+    sgd, adamw = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}, {"optimizer": "adamw", "lr": 0.01}
+    settings = {"sgd": sgd, "adamw": adamw}
+    one = train_at(1, tmp_path, settings)
+    two = train_at(2, tmp_path, {**settings, "sgd after another trial": sgd})
+    four = train_at(4, tmp_path, settings)
     differences = {
-        (name, workers): relative_difference(by_workers[workers][name], by_workers[1][name])
-        for name in ("sgd", "adamw")
-        for workers in (2, 4)
+        (name, workers): relative_difference(found[name], one[name])
+        for name in settings
+        for workers, found in ((2, two), (4, four))
     }
-    print(f"\nrelative difference of the weights to one worker, after {EPOCHS} epochs: {differences}")
+    print(f"\nrelative difference of the weights to one worker's, after {EPOCHS} epochs: {differences}")
     assert max(differences["sgd", workers] for workers in (2, 4)) <= 1e-5
     assert max(differences["adamw", workers] for workers in (2, 4)) <= 1e-3
-
-
-def test_a_job_leaves_nothing_behind_in_a_warm_group(tmp_path: Path) -> None:
-    job = make_job(
-        tmp_path,
-        epochs=EPOCHS,
-        models={"mlp": {"factory": "bigray.models:mlp", "params": {"hidden": [16], "dropout": 0.3}}},
-    )
-    request = make_request(job, training_trials(job))
-    (trial,) = request.trials
-    first = trial.model_copy(update={"trial_id": "first", "training": trial.training.model_copy(update={"lr": 0.2})})
-    alone = weights_after_training(request, [trial], RunPaths(open_storage(tmp_path / "alone"), "alone"))
-    after = weights_after_training(request, [first, trial], RunPaths(open_storage(tmp_path / "after"), "after"))
-    assert np.array_equal(alone[trial.trial_id], after[trial.trial_id])
+    assert np.array_equal(two["sgd"], two["sgd after another trial"])

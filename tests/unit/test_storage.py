@@ -136,6 +136,15 @@ def test_a_failing_write_leaves_the_old_content_and_nothing_else(
     assert storage.list_names("notes") == ["a.txt"]
 
 
+def test_who_is_reading_a_file_while_it_is_written_again_sees_the_old_content_whole(storage: Storage) -> None:
+    storage.write_bytes("a.txt", b"old content")
+    with (Path(storage.root) / "a.txt").open("rb") as reader:
+        storage.write_bytes("a.txt", b"new")
+
+        assert reader.read() == b"old content"
+    assert storage.read_bytes("a.txt") == b"new"
+
+
 def test_checking_that_a_new_folder_is_writable_leaves_nothing_behind(tmp_path: Path) -> None:
     open_storage(tmp_path / "a" / "b").check_writable()
 
