@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import deque
 from typing import Any
 
@@ -25,8 +26,9 @@ class Switchboard:
     """Async Ray actor, one for each run. Every method runs on its event loop, so none needs a lock."""
 
     def __init__(self, num_groups: int) -> None:
-        self._commands: dict[int, Command] = {}
-        self._results: dict[int, asyncio.Future[Any]] = {}
+        self._commands: dict[int, tuple[int, Command]] = {}
+        self._serials = itertools.count(1)
+        self._results: dict[int, tuple[int, asyncio.Future[Any]]] = {}
         self._arrived = {group: asyncio.Event() for group in range(num_groups)}
         self._free = deque(range(num_groups))
         self._ended: dict[int, str] = {}
@@ -61,12 +63,12 @@ class Switchboard:
         """
         if group in self._ended:
             raise TrainingFailed(self._ended[group])
-        self._results[group] = asyncio.get_running_loop().create_future()
-        self._assign(group, command)
-        return await self._results[group]
+        result = asyncio.get_running_loop().create_future()
+        self._results[group] = (self._assign(group, command), result)
+        return await result
 
-    async def next_command(self, group: int) -> Command | None:
-        """The group's current command; None after a while without one (rank 0 of the group)."""
+    async def next_command(self, group: int) -> tuple[int, Command] | None:
+        """The group's current command and its serial; None after a while without one (rank 0 of the group)."""
         if group not in self._commands:
             self._arrived[group].clear()
             try:
@@ -75,13 +77,18 @@ class Switchboard:
                 return None
         return self._commands[group]
 
-    async def complete(self, group: int, result: Any) -> None:
+    async def complete(self, group: int, serial: int, result: Any) -> None:
         """The command is done (rank 0 of the group)."""
-        self._settle(group, result=result)
+        if self._is_awaited(group, serial):
+            self._settle(group, result=result)
 
-    async def fail(self, group: int, message: str) -> None:
-        """The command cannot be done; the group's workers restart without it (any rank of the group)."""
-        self._settle(group, failure=message)
+    async def fail(self, group: int, serial: int, message: str) -> None:
+        """The command cannot be done; the group's workers restart without it (any rank of the group).
+
+        Each rank may tell of the same failure; by the time the last one does, the group may have its next command.
+        """
+        if self._is_awaited(group, serial):
+            self._settle(group, failure=message)
 
     async def group_ended(self, group: int, message: str) -> None:
         """The group's Ray Train run is over (driver)."""
@@ -111,14 +118,20 @@ class Switchboard:
         taken, self._events = self._events, []
         return taken
 
-    def _assign(self, group: int, command: Command) -> None:
-        self._commands[group] = command
+    def _is_awaited(self, group: int, serial: int) -> bool:
+        return group in self._results and self._results[group][0] == serial
+
+    def _assign(self, group: int, command: Command) -> int:
+        serial = next(self._serials)
+        self._commands[group] = (serial, command)
         self._arrived[group].set()
+        return serial
 
     def _settle(self, group: int, *, result: Any = None, failure: str | None = None) -> None:
-        if not isinstance(self._commands.get(group), Stop):
-            self._commands.pop(group, None)
-        waiting = self._results.pop(group, None)
+        current = self._commands.get(group)
+        if current is not None and not isinstance(current[1], Stop):
+            del self._commands[group]
+        _, waiting = self._results.pop(group, (0, None))
         if waiting is None or waiting.done():
             return
         if failure is None:

@@ -47,9 +47,10 @@ class _CommandLoop:
     def run(self) -> None:
         board = self._setup.switchboard
         while True:
-            command = self._from_rank_0(lambda: ray.get(board.next_command.remote(self._setup.group)))
-            if command is None:
+            assigned = self._from_rank_0(lambda: ray.get(board.next_command.remote(self._setup.group)))
+            if assigned is None:
                 continue
+            serial, command = assigned
             if isinstance(command, Stop):
                 return
             try:
@@ -57,10 +58,10 @@ class _CommandLoop:
             except Exception as error:
                 # told before it is raised: the restarted workers then do not try the same command again
                 if not _is_about_a_peer(error):
-                    ray.get(board.fail.remote(self._setup.group, _describe(error)))
+                    ray.get(board.fail.remote(self._setup.group, serial, _describe(error)))
                 raise
             if self._is_first:
-                ray.get(board.complete.remote(self._setup.group, result))
+                ray.get(board.complete.remote(self._setup.group, serial, result))
 
     def _train(self, command: TrainTo) -> Any:
         training = self._training_of(command)

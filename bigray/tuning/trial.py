@@ -51,6 +51,7 @@ class GroupTrial(Trainable):  # type: ignore[misc]
             state = ask(self._switchboard.execute.remote(self._group, TrainTo(self._spec, target)))
         except TrainingFailed as error:
             self._tell(Event("failed", self._spec.trial_id, {"error": str(error)}))
+            self._end()  # here, since Tune may end the actor of a failed trial without asking it to clean up
             raise
         self._tell(Event.of_state(self._spec.trial_id, state))
         self._rungs = self._rungs[1:]

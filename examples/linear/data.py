@@ -1,4 +1,4 @@
-"""scikit-learn's diabetes data: 442 patients, ten measurements, disease progression after a year (Efron et al. 2004)."""
+"""scikit-learn's diabetes data: 442 patients, ten measurements, disease progression after a year (Efron 2004)."""
 
 import gzip
 from importlib.util import find_spec

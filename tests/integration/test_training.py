@@ -57,7 +57,7 @@ def test_a_killed_worker_costs_no_step_and_the_weights_are_those_of_an_undisturb
             os.kill(killed[0], signal.SIGKILL)
 
     job = make_job(tmp_path, models={"undisturbed": slow, "killed": slow}, epochs=6, checkpoint_every_s=0.1)
-    one_group = job.model_copy(update={"scaling": job.scaling.model_copy(update={"num_workers": 3})})
+    one_group = job.model_copy(update={"scaling": job.scaling.model_copy(update={"cpus_per_worker": 2.0})})
     board = train(one_group, listener=kill_a_worker_of_the_second_model)
     paths = RunPaths(open_storage(board.run_uri), board.run_id)
     events = [event for event in read_journal(paths) if event["trial"] == "killed"]

@@ -72,8 +72,8 @@ def test_a_group_given_back_twice_is_lent_once() -> None:
 def test_a_command_returns_what_its_group_made_of_it(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        assert await board.next_command(0) == command
-        await board.complete(0, "the result")
+        assert (await board.next_command(0) or ())[1:] == (command,)
+        await board.complete(0, 1, "the result")
         assert await result == "the result"
 
     _play(scenario)
@@ -84,8 +84,9 @@ def test_a_group_that_asked_first_is_woken_by_its_command(command: TrainTo) -> N
         asking = asyncio.create_task(board.next_command(1))
         await _let_others_run()
         result = asyncio.create_task(board.execute(1, command))
-        assert await asking == command
-        await board.complete(1, 7)
+        serial, received = await asking or (0, None)
+        assert received == command
+        await board.complete(1, serial, 7)
         assert await result == 7
 
     _play(scenario, groups=2)
@@ -95,9 +96,9 @@ def test_commands_go_to_their_own_group(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         results = [asyncio.create_task(board.execute(group, TrainTo(command.trial, group))) for group in (0, 1)]
         for group in (1, 0):
-            received = await board.next_command(group)
+            serial, received = await board.next_command(group) or (0, None)
             assert received == TrainTo(command.trial, group)
-            await board.complete(group, group)
+            await board.complete(group, serial, group)
         assert await asyncio.gather(*results) == [0, 1]
 
     _play(scenario, groups=2)
@@ -107,7 +108,7 @@ def test_a_failure_is_raised_where_the_command_came_from(command: TrainTo) -> No
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
         await board.next_command(0)
-        await board.fail(0, "ValueError: boom")
+        await board.fail(0, 1, "ValueError: boom")
         with pytest.raises(TrainingFailed, match="ValueError: boom"):
             await result
 
@@ -117,9 +118,9 @@ def test_a_failure_is_raised_where_the_command_came_from(command: TrainTo) -> No
 def test_restarted_workers_get_the_same_unfinished_command(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        assert await board.next_command(0) == command
-        assert await board.next_command(0) == command  # the first workers died without a word
-        await board.complete(0, "done")
+        assert (await board.next_command(0) or ())[1:] == (command,)
+        assert (await board.next_command(0) or ())[1:] == (command,)  # the first workers died without a word
+        await board.complete(0, 1, "done")
         assert await result == "done"
 
     _play(scenario)
@@ -134,7 +135,7 @@ def test_a_settled_command_is_not_handed_out_again(
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
         await board.next_command(0)
-        await getattr(board, ending)(0, "settled")
+        await getattr(board, ending)(0, 1, "settled")
         assert await board.next_command(0) is None
         await asyncio.gather(result, return_exceptions=True)
 
@@ -145,10 +146,28 @@ def test_a_failure_told_by_every_rank_is_one_failure(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
         await board.next_command(0)
-        await board.fail(0, "rank 1")
-        await board.fail(0, "rank 0")
+        await board.fail(0, 1, "rank 1")
+        await board.fail(0, 1, "rank 0")
         with pytest.raises(TrainingFailed, match="rank 1"):
             await result
+
+    _play(scenario)
+
+
+def test_a_late_word_about_the_last_command_does_not_touch_the_next_one(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first = asyncio.create_task(board.execute(0, command))
+        await board.next_command(0)
+        await board.fail(0, 1, "rank 0")
+        with pytest.raises(TrainingFailed, match="rank 0"):
+            await first
+        second = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        await board.fail(0, 1, "rank 1, of the first command")
+        await _let_others_run()
+        assert not second.done()
+        await board.complete(0, 2, "done")
+        assert await second == "done"
 
     _play(scenario)
 
@@ -200,11 +219,11 @@ def test_every_group_is_told_to_stop_even_in_the_middle_of_a_command(command: Tr
         asking = asyncio.create_task(board.next_command(1))
         await _let_others_run()
         await board.stop_all()
-        assert isinstance(await asking, Stop)
-        await board.complete(0, "done")
+        assert isinstance((await asking or ())[1], Stop)
+        await board.complete(0, 1, "done")
         assert await result == "done"
-        assert isinstance(await board.next_command(0), Stop)
-        assert isinstance(await board.next_command(0), Stop)
+        assert isinstance((await board.next_command(0) or ())[1], Stop)
+        assert isinstance((await board.next_command(0) or ())[1], Stop)
 
     _play(scenario, groups=2)
 
