@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bigray.errors import BigrayError
+from bigray.errors import BigrayError, ClusterError, last_line
 
 if TYPE_CHECKING:
     from bigray.results import Leaderboard
@@ -36,9 +36,21 @@ class _Commands(TyperGroup):
         except BigrayError as error:
             console.print_error(error)
             sys.exit(error.exit_code)
+        except Exception as error:
+            if not _is_rays(error):
+                raise
+            console.print_error(
+                ClusterError(f"Ray failed: {last_line(error)}; its logs are in /tmp/ray/session_latest")
+            )
+            sys.exit(ClusterError.exit_code)
         except KeyboardInterrupt:
             console.say("interrupted; the same command goes on where it stopped")
             sys.exit(130)
+
+
+def _is_rays(error: Exception) -> bool:
+    """Whether Ray itself raised this: an actor or a node went away, or the cluster was lost. Imports no Ray."""
+    return type(error).__module__.startswith("ray.")
 
 
 app = typer.Typer(
@@ -150,7 +162,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train or tune, deploy the winner, and check it over HTTP on the sealed holdout."""
-    from bigray.cluster.connect import connect
+    from bigray.cluster.connect import connect, prepare_environment
     from bigray.serve.runner import delete as delete_application
     from bigray.serve.runner import deploy as deploy_bundle
     from bigray.training.groups import preload
@@ -161,6 +173,7 @@ def run(
     request = request_of(asked)
     if not _is_joining(address):
         plan_request(request, asked.serve)  # says no before Ray starts
+    prepare_environment(joining=_is_joining(address))
     preload()
     with connect(address) as connection:
         plan_request(request, asked.serve, address=address)
@@ -169,15 +182,16 @@ def run(
             document = _show_board(board, as_json=as_json)
         deployment = deploy_bundle(board.bundle.uri, asked.serve)
         document |= _show_deployment(deployment, board.bundle.uri, as_json=as_json)
-        check = check_holdout(board.bundle.uri, request.dataset, deployment.url)
-        document |= _show_check(check, as_json=as_json)
+        check = check_holdout(board.bundle.uri, request.dataset, deployment.url, asked.serve)
+        if check is not None:
+            document |= _show_check(check, as_json=as_json)
         if as_json:
             _print_json(document)
         if exit_:
             delete_application(deployment.name)
         elif connection.embedded:
             _serve_until_interrupted()
-    if not check.all_equal:
+    if check is not None and not check.all_equal:
         raise typer.Exit(6)
 
 
@@ -254,7 +268,7 @@ def main() -> None:
 def _train_or_tune(
     job: str, search: str | None, overrides: list[str] | None, address: str | None, new: bool, as_json: bool
 ) -> None:
-    from bigray.cluster.connect import connect
+    from bigray.cluster.connect import connect, prepare_environment
     from bigray.training.groups import preload
     from bigray.workflow import plan_request, read_files, request_of
 
@@ -262,6 +276,7 @@ def _train_or_tune(
     request = request_of(asked)
     if not _is_joining(address):
         plan_request(request)  # says no before Ray starts
+    prepare_environment(joining=_is_joining(address))
     preload()
     with connect(address):
         board = _execute(request, asked, address, new, as_json)

@@ -2,7 +2,7 @@
 
 BigrayError                     exit code
 ├── SpecError                   2   a file or option is wrong; lists every fault
-│   └── CapacityError           2   the cluster can never hold what was asked for
+│   └── CapacityError           2   the cluster cannot hold what was asked for, ever or now
 ├── TrainingFailed              3   a trial raised, diverged, or its workers died too often
 ├── StorageError                4   a path cannot be read or written
 │   └── CorruptFile             4   a file's bytes do not match its manifest
@@ -28,6 +28,7 @@ __all__ = [
     "StorageError",
     "TrainingFailed",
     "did_you_mean",
+    "last_line",
 ]
 
 
@@ -51,7 +52,7 @@ class SpecError(BigrayError):
 
 
 class CapacityError(SpecError):
-    """The cluster has not the CPUs, GPUs or nodes; the message holds both numbers and the nearest thing that fits."""
+    """The cluster has not the CPUs, GPUs or nodes, or not free; the message holds the numbers and what would fit."""
 
 
 class TrainingFailed(BigrayError):
@@ -87,6 +88,12 @@ class DeployError(BigrayError):
     """The endpoint did not become healthy, or the bundle may not be served."""
 
     exit_code = 6
+
+
+def last_line(error: BaseException) -> str:
+    """An exception in one line: the last of its text, since Ray puts the remote traceback before the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -62,6 +62,7 @@ def _result(trial: TrialSpec, state: Mapping[str, Any] | None, error: str | None
         epochs=state.get("epoch", 0),
         best_epoch=state.get("best_epoch", 0),
         best_step=state.get("best_step", 0),
-        metrics=dict(state.get("best_metrics", {})),
+        # a failed trial's newest checkpoint may be past its last report: it cannot win by metrics of other weights
+        metrics={} if error else dict(state.get("best_metrics", {})),
         error=error,
     )

@@ -149,14 +149,22 @@ def serve_ahead(spec: ServeSpec) -> Iterator[Listener]:
             starting.append(threading.Thread(target=start, name="serve-ahead", daemon=True))
             starting[-1].start()
 
-    yield on_event
-    for thread in starting:
-        thread.join()
+    try:
+        yield on_event
+    finally:
+        for thread in starting:
+            thread.join()
 
 
-def check_holdout(bundle: str, dataset: Dataset, url: str) -> HoldoutCheck:
-    """Send the sealed holdout to an endpoint over HTTP, and predict the same rows offline from the bundle."""
-    offline = Predictor(ModelBundle.load(bundle)).run_table(dataset.holdout)
+def check_holdout(bundle: str, dataset: Dataset, url: str, serve: ServeSpec) -> HoldoutCheck | None:
+    """Send the sealed holdout to an endpoint over HTTP, and predict the same rows offline from the bundle.
+
+    None where the job keeps no holdout.
+    """
+    if dataset.holdout.num_rows == 0:
+        return None
+    allowed = serve.application.args.allow_factories
+    offline = Predictor(ModelBundle.load(bundle), allow_factories=allowed).run_table(dataset.holdout)
     online = predict_table(url, dataset.holdout, dataset.inputs)
     difference = _row_differences(online, offline)
     equal = (difference <= _tolerance(offline)) & _same_labels(online, offline)
@@ -220,4 +228,6 @@ def _metrics(online: Predictions, dataset: Dataset) -> dict[str, float]:
     assert online.values is not None, "a prediction has labels or values"
     expected = np.asarray(truth, dtype=np.float64)
     squared = (online.values - expected) ** 2
-    return {"mse": float(squared.mean()), "r2": float(1.0 - squared.sum() / ((expected - expected.mean()) ** 2).sum())}
+    spread = float(((expected - expected.mean()) ** 2).sum())
+    r2 = {"r2": 1.0 - float(squared.sum()) / spread} if spread > 0 else {}  # undefined where all targets are equal
+    return {"mse": float(squared.mean()), **r2}

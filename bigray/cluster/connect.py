@@ -59,18 +59,20 @@ def connect(address: str | None = None) -> Iterator[Connection]:
     """Hold a connection to Ray for the length of a `with` block (driver).
 
     With no address a local Ray is started, token authentication on, and ended with the block; with one ("auto" finds
-    the cluster on this machine), that cluster is joined and left running.
+    the cluster on this machine), that cluster is joined and left running. A connection that is there is used and left.
 
     Raises:
         ClusterError: nothing answers at the address, or it refuses the token.
     """
+    import ray
+
+    is_ours = not ray.is_initialized()
     connection = ensure_connected(address)
     try:
         yield connection
     finally:
-        import ray
-
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def ensure_connected(address: str | None = None) -> Connection:

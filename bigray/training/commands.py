@@ -54,7 +54,8 @@ class Event:
     """Something that happened, on its way to the journal and the screen."""
 
     kind: str
-    """resumed, epoch, checkpoint, warning, bundle, and what the runners add (trial_started, trial_ended, ...)."""
+    """From workers: resumed, epoch, checkpoint, warning. From who drives them: started, state, failed, bundle. To the
+    listener only: starting, resuming, complete, groups, exporting, ranked."""
     trial_id: str
     values: dict[str, Any] = field(default_factory=dict)
 

@@ -41,6 +41,11 @@ def export_bundle(paths: RunPaths, trial: TrialSpec, manifest: BundleManifest, s
     checkpoint = load_checkpoint(paths, trial, warn=logging.getLogger(__name__).warning)
     if checkpoint is None:
         raise StorageError(f"{paths.storage.uri}/{paths.trial(trial.trial_id)}: no checkpoint to export")
+    if checkpoint.progress.best_step != manifest.origin.step:
+        raise StorageError(
+            f"{paths.storage.uri}/{paths.trial(trial.trial_id)}: its checkpoint holds the best weights of step "
+            f"{checkpoint.progress.best_step:,}, not of step {manifest.origin.step:,}, which won; run it again"
+        )
     weights = checkpoint.best_weights
     module = build_model(
         trial.model.factory, trial.model.params, manifest.inputs.input_shape, manifest.outputs.num_outputs

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bigray.data.dataset import Dataset
+from bigray.errors import last_line
 from bigray.paths import RunPaths
 from bigray.specs import ScalingSpec
 from bigray.training.setup import GroupSetup
@@ -36,6 +38,8 @@ class WorkerGroups:
 def preload() -> threading.Thread:
     """Import what the driver needs of Ray Train and Tune (seconds, torch among it) while Ray's processes start.
 
+    Call it after `prepare_environment`: Ray Train and Tune read some variables when they are imported.
+
     One thread imports both: side by side, their circular imports fail.
     """
 
@@ -50,20 +54,28 @@ def preload() -> threading.Thread:
 
 @contextlib.contextmanager
 def open_groups(
-    count: int, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int
+    count: int, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int, num_commands: int
 ) -> Iterator[WorkerGroups]:
     """Hold `count` groups for the length of a `with` block (driver). They start in the background.
 
-    The training arrays go into the object store once.
+    The training arrays go into the object store once. Each of `num_commands` may fail by its own error, which restarts
+    its group, without using up the deaths that `scaling.max_failures` allows.
     """
-    # no CPU of its own: the groups' workers may hold every CPU there is
-    switchboard = ray.remote(num_cpus=0, max_concurrency=1000)(Switchboard).remote(count)
+    # no CPU of its own: the groups' workers may hold every CPU there is; on the driver's node, whose end ends the run
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    switchboard = ray.remote(**options)(Switchboard).remote(count)
     data = ray.put(dataset.arrays)
     with tempfile.TemporaryDirectory(prefix="bigray-train-", ignore_cleanup_errors=True) as scratch:
         threads = [
             threading.Thread(
                 target=_run_group,
-                args=(_setup(group, switchboard, data, scaling, dataset, paths, attempt), scaling, scratch),
+                args=(
+                    _setup(group, switchboard, data, scaling, dataset, paths, attempt),
+                    scaling,
+                    num_commands,
+                    scratch,
+                ),
                 name=f"worker-group-{group}",
                 daemon=True,
             )
@@ -73,9 +85,12 @@ def open_groups(
             thread.start()
         try:
             yield WorkerGroups(switchboard, count)
+        except Exception:
+            _stop(switchboard, threads)
+            raise
         except BaseException:
-            # an error or Ctrl-C: the workers may be hours from their next command, so they are not waited for;
-            # they end with this process's connection
+            # Ctrl-C: the workers may be hours from their next command, so they are not waited for; they end with
+            # this process's connection, or on finding the switchboard gone
             ray.kill(switchboard)
             raise
         _stop(switchboard, threads)
@@ -95,18 +110,18 @@ def _setup(
     )
 
 
-def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> None:
+def _run_group(setup: GroupSetup, scaling: ScalingSpec, num_commands: int, scratch: str) -> None:
     """One group's whole life (a driver thread; `fit` blocks until its workers leave the command loop)."""
     try:
-        _make_trainer(setup, scaling, scratch).fit()
+        _make_trainer(setup, scaling, num_commands, scratch).fit()
         message = "the worker group was stopped"
     except Exception as error:  # whatever ends the run must reach those who wait for the group
-        message = f"worker group {setup.group} ended: {_last_line(error)}"
+        message = f"worker group {setup.group} ended: {last_line(error)}"
     with contextlib.suppress(ray.exceptions.RayError):  # the switchboard is gone when the whole run is being ended
         ray.get(setup.switchboard.group_ended.remote(setup.group, message))
 
 
-def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
+def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, num_commands: int, scratch: str) -> Any:
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -122,7 +137,7 @@ def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
             name=f"group-{setup.group}",
             storage_path=scratch,
             # a group that cannot be placed must end with an error, not wait for ever (Ray's default)
-            failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=scaling.max_failures + num_commands, controller_failure_limit=3),
         ),
     )
 
@@ -144,8 +159,3 @@ def _stop(switchboard: Any, threads: list[threading.Thread]) -> None:
     for thread in threads:
         thread.join(STOP_TIMEOUT_S)
     ray.kill(switchboard)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -146,6 +146,9 @@ class TrialTraining:
         share = worker_share(rows, worker.rank, worker.world_size)
         loss = torch.zeros((), dtype=torch.float64, device=worker.device)
         self._metrics.reset()
+        if worker.world_size > 1:  # the checkpoint holds rank 0's BatchNorm statistics: validate those, on every rank
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, src=0)
         self.module.eval()
         with torch.inference_mode():
             for start in range(0, len(share), EVALUATION_ROWS):

@@ -75,7 +75,7 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     journal = Journal.open(paths)
     journal.append("attempt", plan=plan.to_json())
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
-    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
+    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt, len(request.trials)) as groups:
         with _event_stream(groups, journal, listener):
             drive(groups, request.trials)
         winner = _winner(request, paths)
@@ -118,6 +118,7 @@ def _tell_start(
 def _event_stream(groups: WorkerGroups, journal: Journal, listener: Listener) -> Iterator[None]:
     """Carry events from the switchboard to the journal and the listener while the block runs (a driver thread)."""
     ended = threading.Event()
+    errors: list[Exception] = []
 
     def pump() -> None:
         while True:
@@ -125,18 +126,27 @@ def _event_stream(groups: WorkerGroups, journal: Journal, listener: Listener) ->
             events = ask(groups.switchboard.take_events.remote(0.0 if is_last_round else 0.5))
             for event in events:
                 journal.append(event.kind, event.trial_id, **event.values)
+            for event in events:
                 listener(event)
             journal.flush()
             if is_last_round:
                 return
 
-    thread = threading.Thread(target=pump, name="event-stream", daemon=True)
+    def pump_or_keep_error() -> None:
+        try:
+            pump()
+        except Exception as error:  # raised where the block ends: a run without its journal must not choose a winner
+            errors.append(error)
+
+    thread = threading.Thread(target=pump_or_keep_error, name="event-stream", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _leaderboard(request: RunRequest, paths: RunPaths, resumed_from_step: int, wall_s: float) -> Leaderboard:

@@ -13,11 +13,12 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayActorError
 
 from bigray.data.dataset import TrainingArrays
 from bigray.errors import BigrayError
 from bigray.training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
-from bigray.training.commands import Event, ExportBundle, Stop, TrainTo
+from bigray.training.commands import Command, Event, ExportBundle, Stop, TrainTo
 from bigray.training.export import export_bundle
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.setup import GroupSetup
@@ -47,7 +48,7 @@ class _CommandLoop:
     def run(self) -> None:
         board = self._setup.switchboard
         while True:
-            assigned = self._from_rank_0(lambda: ray.get(board.next_command.remote(self._setup.group)))
+            assigned = self._from_rank_0(self._next_command)
             if assigned is None:
                 continue
             serial, command = assigned
@@ -62,6 +63,16 @@ class _CommandLoop:
                 raise
             if self._is_first:
                 ray.get(board.complete.remote(self._setup.group, serial, result))
+
+    def _next_command(self) -> tuple[int, Command] | None:
+        """Wait for the next command (rank 0). Without a switchboard the run is over, and nobody will send one."""
+        try:
+            command: tuple[int, Command] | None = ray.get(
+                self._setup.switchboard.next_command.remote(self._setup.group)
+            )
+        except RayActorError:
+            return (0, Stop())
+        return command
 
     def _train(self, command: TrainTo) -> Any:
         training = self._training_of(command)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from bigray.errors import TrainingFailed
+from bigray.errors import TrainingFailed, last_line
 from bigray.results import Leaderboard
 from bigray.specs import JobSpec, SearchSpec, TrialSpec
 from bigray.training.groups import WorkerGroups
@@ -86,7 +86,7 @@ def _run_tuner(search: SearchSpec, groups: WorkerGroups, trials: Sequence[TrialS
             ),
         ).fit()
     if len(results.errors) == len(trials):
-        raise TrainingFailed(f"every trial failed: {_last_line(results.errors[0])}")
+        raise TrainingFailed(f"every trial failed: {last_line(results.errors[0])}")
 
 
 def _scheduler(search: SearchSpec, trials: Sequence[TrialSpec]) -> Any:
@@ -105,7 +105,3 @@ def _scheduler(search: SearchSpec, trials: Sequence[TrialSpec]) -> Any:
         grace_period=search.asha.grace_epochs,
         reduction_factor=search.asha.reduction_factor,
     )
-
-
-def _last_line(error: BaseException) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
