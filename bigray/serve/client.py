@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from bigray.inference import Predictions
 
 TIMEOUT_S = 30.0
 ROWS_PER_REQUEST = 256
+BYTES_PER_REQUEST = 4_000_000
+"""Half of what an endpoint takes by default (`max_body_mb: 8`)."""
 
 
 class Endpoint:
@@ -29,10 +31,9 @@ class Endpoint:
         self._url, self._connection = url, connection
 
     def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """`POST /predict`: one prediction for each record, in order."""
-        body = orjson.dumps({"records": records}, option=orjson.OPT_SERIALIZE_NUMPY)
-        predictions: list[dict[str, Any]] = self.request("POST", "/predict", body)["predictions"]
-        return predictions
+        """`POST /predict`, in as many requests as needed: one prediction for each record, in order."""
+        answers = (self.request("POST", "/predict", body) for body in request_bodies(records))
+        return [prediction for answer in answers for prediction in answer["predictions"]]
 
     def request(self, method: str, path: str, body: bytes | None = None) -> Any:
         """The parsed JSON answer.
@@ -82,8 +83,26 @@ def fetch_json(url: str) -> Any:
 def predict_records(url: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One prediction for each record, in order, sent in chunks."""
     with open_endpoint(url) as endpoint:
-        chunks = (records[start : start + ROWS_PER_REQUEST] for start in range(0, len(records), ROWS_PER_REQUEST))
-        return [prediction for chunk in chunks for prediction in endpoint.predict(chunk)]
+        return endpoint.predict(records)
+
+
+def request_bodies(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """Bodies for `POST /predict`, cut by rows and by bytes; a record larger than a whole request goes alone."""
+    rows: list[bytes] = []
+    size = 0
+    for record in records:
+        row = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY)
+        if rows and (len(rows) == ROWS_PER_REQUEST or size + len(row) > BYTES_PER_REQUEST):
+            yield _body(rows)
+            rows, size = [], 0
+        rows.append(row)
+        size += len(row) + 1  # and its comma
+    if rows:
+        yield _body(rows)
+
+
+def _body(rows: Sequence[bytes]) -> bytes:
+    return b'{"records":[' + b",".join(rows) + b"]}"
 
 
 def predict_file(url: str, path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:

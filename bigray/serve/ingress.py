@@ -6,11 +6,13 @@ inherit them, so they also take effect on a joined cluster whose nodes were star
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -67,14 +69,29 @@ def ingress_settings(http_port: int) -> dict[str, str]:
 
 def haproxy_folder(http_port: int) -> Path:
     """Where HAProxy's configuration and sockets lie; short, since a socket's path may have 107 characters."""
-    return Path(tempfile.gettempdir()) / f"bigray-serve-{http_port}"
+    return Path(tempfile.gettempdir()) / f"bigray-{os.getuid()}-{http_port}"
+
+
+def claim_folder(http_port: int) -> None:
+    """Create the folder for this user alone; HAProxy's admin socket in it takes commands from whoever can open it.
+
+    Raises:
+        DeployError: the path is a link, a file or somebody else's folder: anybody may create names in /tmp.
+    """
+    folder = haproxy_folder(http_port)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise DeployError(f"{folder}: not a folder of this user; remove it, or choose another http_options.port")
+    folder.chmod(0o700)  # one that HAProxy made is readable by all
 
 
 def end_orphans(http_port: int) -> list[int]:
     """End an HAProxy that outlived its cluster, which happens when Ray is killed, and still holds the port.
 
-    Only processes that run this endpoint's own configuration file and whose parent is no longer Ray's; returns their
-    process ids.
+    Only this user's processes that run this endpoint's own configuration file and whose parent is no longer Ray's;
+    returns their process ids.
     """
     marker = f"{haproxy_folder(http_port)}/"
     ended = []
@@ -82,10 +99,18 @@ def end_orphans(http_port: int) -> list[int]:
         if marker not in _read(entry / "cmdline") or "haproxy" not in _read(entry / "comm"):
             continue
         parent = _read(entry / "stat").rpartition(") ")[2].split()[1:2]
-        if parent and "ray::" not in _read(Path("/proc") / parent[0] / "cmdline"):
-            os.kill(int(entry.name), signal.SIGTERM)
-            ended.append(int(entry.name))
+        if parent and "ray::" not in _read(Path("/proc") / parent[0] / "cmdline") and _is_own(entry):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(entry.name), signal.SIGTERM)
+                ended.append(int(entry.name))
     return ended
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except OSError:  # the process has ended
+        return False
 
 
 def haproxy_available() -> bool:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 from bigray.errors import DeployError
 from bigray.serve.config import ServeSpec
 from bigray.serve.failures import first_error_line
-from bigray.serve.ingress import choose_port, end_orphans, haproxy_folder, ingress_settings
+from bigray.serve.ingress import (
+    choose_port,
+    claim_folder,
+    end_orphans,
+    haproxy_available,
+    haproxy_folder,
+    ingress_settings,
+)
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
@@ -44,7 +51,7 @@ def start_serve(spec: ServeSpec) -> ServeControllerClient:
                 f"ask for {running}, or end it first"
             )
         return client
-    port = choose_port(options.host, options.port) if _head_is_here() else options.port or 8000
+    port = _claimed_port(spec) if _head_is_here() else options.port or 8000
     native = spec.with_port(port).to_native()
     from ray import serve
     from ray.exceptions import RayError
@@ -66,6 +73,13 @@ def start_serve(spec: ServeSpec) -> ServeControllerClient:
     if started is None:
         raise DeployError("Serve's controller ended right after its start; see the logs under /tmp/ray/session_latest")
     return started
+
+
+def _claimed_port(spec: ServeSpec) -> int:
+    port = choose_port(spec.http_options.host, spec.http_options.port)
+    if haproxy_available():
+        claim_folder(port)
+    return port
 
 
 def shutdown() -> None:

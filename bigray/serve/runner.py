@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class EndpointStatus:
 def deploy(bundle: str, spec: ServeSpec, *, timeout_s: float = 90.0) -> Deployment:
     """Serve a bundle as the file says, beside what the cluster serves already; returns when it answers over HTTP.
 
-    An application of the same name is replaced.
+    An application of the same name is replaced; where that fails, what served before is put back.
 
     Raises:
         CorruptFile: a file of the bundle differs from its manifest; nothing has been started.
@@ -71,13 +72,14 @@ def deploy(bundle: str, spec: ServeSpec, *, timeout_s: float = 90.0) -> Deployme
     loaded = ModelBundle.load(bundle)
     check_factory(loaded, spec.application.args.allow_factories)
     client = start_serve(spec)
-    spec = spec.with_port(client.http_config.port)
-    _apply(client, spec.with_bundle(absolute_location(bundle)))
+    spec = spec.with_port(client.http_config.port).with_bundle(absolute_location(bundle))
     url = _public_url(client, spec)
     name = spec.application.name
     deadline = time.monotonic() + timeout_s
-    _wait_until_running(client, name, deadline)
-    _wait_until_answering(name, url, loaded.version, deadline)
+    with _undone_on_failure(client, spec):
+        _apply(client, spec)
+        _wait_until_running(client, name, deadline)
+        _wait_until_answering(name, url, loaded.version, deadline)
     return Deployment(name, loaded.manifest.name, loaded.version, url)
 
 
@@ -120,18 +122,40 @@ def absolute_location(bundle: str) -> str:
     return bundle if "://" in bundle else str(Path(bundle).expanduser().absolute())
 
 
-def _apply(client: ServeControllerClient, spec: ServeSpec) -> None:
-    """The same step as `serve deploy`, which replaces everything served; so what runs already is handed in again."""
+@contextmanager
+def _undone_on_failure(client: ServeControllerClient, spec: ServeSpec) -> Iterator[None]:
+    """Whatever goes wrong inside, Ctrl-C included: the application is again what it was on entry, or is gone."""
+    name = spec.application.name
+    earlier = _deployed_configs(client).get(name)
+    try:
+        yield
+    except BaseException:
+        if earlier is None:
+            client.delete_apps([name], blocking=False)
+        else:
+            _apply(client, spec, earlier)
+        raise
+
+
+def _deployed_configs(client: ServeControllerClient) -> dict[str, dict[str, Any]]:
+    """The config of each application, by name; those deployed from Python rather than from a file have none."""
+    applications = client.get_serve_details()["applications"]
+    configs = {name: details.get("deployed_app_config") for name, details in applications.items()}
+    return {name: config for name, config in configs.items() if config}
+
+
+def _apply(client: ServeControllerClient, spec: ServeSpec, application: dict[str, Any] | None = None) -> None:
+    """The same step as `serve deploy`, which replaces everything served; so what runs already is handed in again.
+
+    `application` is the config to serve instead of the file's own.
+    """
     from ray.serve.schema import ServeDeploySchema
 
     document = spec.to_native()
     document.pop("controller_options", None)
-    others = [
-        details["deployed_app_config"]
-        for name, details in client.get_serve_details()["applications"].items()
-        if name != spec.application.name and details.get("deployed_app_config")
-    ]
-    document["applications"] = [*others, *document["applications"]]
+    others = [config for name, config in _deployed_configs(client).items() if name != spec.application.name]
+    own = document["applications"] if application is None else [application]
+    document["applications"] = [*others, *own]
     try:
         config = ServeDeploySchema.model_validate(document)
     except ValueError as error:
@@ -147,7 +171,6 @@ def _wait_until_running(client: ServeControllerClient, name: str, deadline: floa
         if state == "RUNNING":
             return
         if state in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in message:
-            client.delete_apps([name], blocking=False)
             raise DeployError(f"application '{name}': {first_error_line(message)}")
         if time.monotonic() > deadline:
             reason = first_error_line(message) or f"still {state}"

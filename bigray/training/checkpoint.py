@@ -39,6 +39,7 @@ class Progress:
     best_step: int = 0
     best_metrics: dict[str, float] = field(default_factory=dict)
     validations_since_best: int = 0
+    improvements: tuple[tuple[int, float], ...] = ()
 
     def to_state(self) -> TrialState:
         return TrialState(
@@ -49,6 +50,7 @@ class Progress:
             best_epoch=self.best_epoch,
             best_step=self.best_step,
             best_metrics=self.best_metrics,
+            improvements=self.improvements,
         )
 
 
@@ -112,11 +114,17 @@ def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], Non
 
 def _from_files(files: dict[str, bytes]) -> Checkpoint:
     return Checkpoint(
-        progress=Progress(**json.loads(files["progress.json"])),
+        progress=_progress_from_json(files["progress.json"]),
         model=files["model.safetensors"],
         optimizer=files["optimizer.safetensors"],
         best=files.get("best.safetensors"),
     )
+
+
+def _progress_from_json(data: bytes) -> Progress:
+    document = json.loads(data)
+    document["improvements"] = tuple((epoch, value) for epoch, value in document.get("improvements", ()))
+    return Progress(**document)
 
 
 def pack_weights(weights: StateDict) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,6 +48,16 @@ class TrialState:
     best_step: int
     best_metrics: dict[str, float]
     """Of the best epoch so far by the trial's selection metric; empty when none was validated."""
+    improvements: tuple[tuple[int, float], ...] = ()
+    """Each epoch that was the best so far, with its value of the selection metric, in order."""
+
+    def best_value_at(self, epoch: int) -> float:
+        """The best value up to an epoch; NaN before the first validation.
+
+        A trial that goes on from a checkpoint tells a scheduler at each rung what it told the first time.
+        """
+        values = [value for number, value in self.improvements if number <= epoch]
+        return values[-1] if values else math.nan
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ class TrialTraining:
             best_step=progress.step,
             best_metrics=metrics,
             validations_since_best=0,
+            improvements=(*progress.improvements, (progress.epoch, metrics[self.trial.training.selection_metric])),
         )
 
     def _is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:

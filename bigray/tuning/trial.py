@@ -6,7 +6,6 @@ It imports no torch and holds no CPU. With `reuse_actors=True` Tune hands the sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,10 +54,10 @@ class GroupTrial(Trainable):  # type: ignore[misc]
             raise
         self._tell(Event.of_state(self._spec.trial_id, state))
         self._rungs = self._rungs[1:]
-        if state.ended:
+        is_done = state.ended is not None and state.epoch <= target
+        if is_done:
             self._end()
-        value = state.best_metrics.get(spec.selection_metric, math.nan)
-        return {EPOCH: target, spec.selection_metric: value, "done": state.ended is not None}
+        return {EPOCH: target, spec.selection_metric: state.best_value_at(target), "done": is_done}
 
     def _begin(self, trial_id: str) -> None:
         self._spec, self._rungs = self._trials[trial_id]

@@ -66,7 +66,12 @@ def _export(paths: RunPaths, trial: TrialSpec) -> tuple[Exported, bytes, bytes]:
     best, last = (
         pack_weights(build_model(trial.model.factory, {**trial.model.params}, (8, 8), 3).state_dict()) for _ in range(2)
     )
-    save_checkpoint(paths, trial, 1, Checkpoint(Progress(epoch=3, step=15, best_epoch=2, best_step=10), last, pack_weights({}), best))
+    save_checkpoint(
+        paths,
+        trial,
+        1,
+        Checkpoint(Progress(epoch=3, step=15, best_epoch=2, best_step=10), last, pack_weights({}), best),
+    )
     return export_bundle(paths, trial, _manifest(trial), ROWS), best, last
 
 
