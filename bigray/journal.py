@@ -6,12 +6,15 @@ One JSON line for each event, one file for each attempt, so that no two processe
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bigray.paths import JOURNAL, RunPaths
+from bigray.paths import RunPaths
+
+SECONDS_BETWEEN_UPLOADS = 5.0
 
 
 @dataclass
@@ -21,35 +24,47 @@ class Journal:
     paths: RunPaths
     attempt: int
     _lines: list[str] = field(default_factory=list)
+    _num_uploaded: int = 0
+    _uploaded_at: float = -math.inf
 
     @classmethod
     def open(cls, paths: RunPaths) -> Journal:
-        """Start the next attempt's file."""
-        attempt = len(paths.storage.list_names(JOURNAL)) + 1
-        journal = cls(paths, attempt)
-        paths.storage.write_bytes(paths.journal_file(attempt), b"")
-        return journal
+        """Start the next attempt's file, which on a local disk no other driver can get too."""
+        attempt = max(paths.attempts(), default=0) + 1
+        while not paths.storage.create(paths.journal_file(attempt)):
+            attempt += 1
+        return cls(paths, attempt)
 
     def append(self, kind: str, trial_id: str = "", **values: Any) -> None:
-        """Record one event; on a local disk it is written before this returns."""
+        """Record one event; on a local disk it is written before this returns, elsewhere `flush` does that.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
         record = {"time": round(time.time(), 3), "attempt": self.attempt, "kind": kind, "trial": trial_id, **values}
         line = json.dumps(record) + "\n"
         if self.paths.storage.is_local:
-            with open(f"{self.paths.storage.root}/{self.paths.journal_file(self.attempt)}", "a") as file:
-                file.write(line)
+            self.paths.storage.append_line(self.paths.journal_file(self.attempt), line)
         else:
             self._lines.append(line)
 
-    def flush(self) -> None:
-        """Bring an object store up to date."""
-        if self._lines:
-            self.paths.storage.write_bytes(self.paths.journal_file(self.attempt), "".join(self._lines).encode())
+    def flush(self, *, force: bool = False) -> None:
+        """Bring an object store up to date, at most every `SECONDS_BETWEEN_UPLOADS` unless forced.
+
+        Who reads the journal next, or ends, has to force: what came since the last upload is in memory only.
+        """
+        is_early = time.monotonic() - self._uploaded_at < SECONDS_BETWEEN_UPLOADS
+        lines = tuple(self._lines)  # another thread may append during the upload
+        if len(lines) == self._num_uploaded or (is_early and not force):
+            return
+        self.paths.storage.write_bytes(self.paths.journal_file(self.attempt), "".join(lines).encode())
+        self._num_uploaded, self._uploaded_at = len(lines), time.monotonic()
 
 
 def read_journal(paths: RunPaths) -> Iterator[dict[str, Any]]:
     """Every event of every attempt, oldest first. A line cut short by a crash is left out."""
-    for name in paths.storage.list_names(JOURNAL):
-        for line in paths.storage.read_bytes(f"{JOURNAL}/{name}").splitlines():
+    for attempt in paths.attempts():
+        for line in paths.storage.read_bytes(paths.journal_file(attempt)).splitlines():
             try:
                 yield json.loads(line)
             except ValueError:  # only the last line of a killed attempt can be incomplete, or zeros

@@ -18,6 +18,7 @@ RUN_FILE = "run.json"
 JOURNAL = "journal"
 BUNDLE = "bundle"
 _CHECKPOINT = re.compile(r"ckpt-(\d{10})")
+_ATTEMPT = re.compile(r"(\d{4,})\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class RunPaths:
     @staticmethod
     def journal_file(attempt: int) -> str:
         return f"{JOURNAL}/{attempt:04d}.jsonl"
+
+    def attempts(self) -> list[int]:
+        """Attempts that have a journal file, oldest first. Numbers can be missing: files get lost or moved."""
+        names = self.storage.list_names(JOURNAL)
+        return sorted(int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name)))
 
     def checkpoint_steps(self, trial_id: str) -> list[int]:
         """Steps that have a checkpoint folder, committed or not, newest first."""

@@ -56,9 +56,12 @@ class Dataset:
         }
 
     def holdout_targets(self) -> list[Any]:
-        """The true answers of the holdout: class names, or values."""
-        values: list[Any] = column_to_numpy(self.holdout, self.outputs.target).tolist()
-        return values
+        """The true answers of the holdout: class names as `outputs.class_names` has them, or values."""
+        values = column_to_numpy(self.holdout, self.outputs.target)
+        if self.outputs.task == "classification":
+            return _class_names(_class_values(values))
+        numbers: list[Any] = values.tolist()
+        return numbers
 
 
 def prepare_dataset(spec: DataSpec, task: Task) -> Dataset:
@@ -175,14 +178,23 @@ def _encode_targets(table: pa.Table, target: str, task: Task) -> tuple[Targets, 
         raise SpecError(f"data.target: '{target}' holds {values.shape[1:]} values a row; classification needs one")
     if values.dtype.kind == "f" and not (values == np.round(values)).all():
         raise SpecError(f"data.target: '{target}' holds fractions, not classes; use training.task = 'regression'")
-    if values.dtype.kind in "bf":
-        values = values.astype(np.int64)
-    classes, numbers = np.unique(values.astype(str) if values.dtype.kind == "O" else values, return_inverse=True)
+    classes, numbers = np.unique(_class_values(values), return_inverse=True)
     if len(classes) < 2:
         raise SpecError(f"data.target: '{target}' has a single class ({classes[0]}); classification needs two")
-    names = tuple(int(c) if isinstance(c, np.integer) else str(c) for c in classes)
+    names = tuple(_class_names(classes))
     outputs = OutputSchema(task=task, num_outputs=len(classes), target=target, class_names=names)
     return numbers.astype(np.int64), outputs
+
+
+def _class_values(values: NDArray[Any]) -> NDArray[Any]:
+    """A target column as its classes are told apart: 1.0 and true are the class 1."""
+    if values.dtype.kind in "bf":
+        return values.astype(np.int64)
+    return values.astype(str) if values.dtype.kind == "O" else values
+
+
+def _class_names(values: NDArray[Any]) -> list[int | str]:
+    return [int(value) if isinstance(value, np.integer) else str(value) for value in values]
 
 
 def _check_finite(x: NDArray[np.float32], inputs: FeatureSchema) -> None:

@@ -31,9 +31,13 @@ class Endpoint:
         self._url, self._connection = url, connection
 
     def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """`POST /predict`, in as many requests as needed: one prediction for each record, in order."""
-        answers = (self.request("POST", "/predict", body) for body in request_bodies(records))
-        return [prediction for answer in answers for prediction in answer["predictions"]]
+        """`POST /predict`, in one request: one prediction for each record, in order."""
+        return self.predict_body(_body([_row(record) for record in records]))
+
+    def predict_body(self, body: bytes) -> list[dict[str, Any]]:
+        """`POST /predict` with records that are JSON already."""
+        predictions: list[dict[str, Any]] = self.request("POST", "/predict", body)["predictions"]
+        return predictions
 
     def request(self, method: str, path: str, body: bytes | None = None) -> Any:
         """The parsed JSON answer.
@@ -83,15 +87,14 @@ def fetch_json(url: str) -> Any:
 def predict_records(url: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One prediction for each record, in order, sent in chunks."""
     with open_endpoint(url) as endpoint:
-        return endpoint.predict(records)
+        return [answer for body in request_bodies(records) for answer in endpoint.predict_body(body)]
 
 
 def request_bodies(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
     """Bodies for `POST /predict`, cut by rows and by bytes; a record larger than a whole request goes alone."""
     rows: list[bytes] = []
     size = 0
-    for record in records:
-        row = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY)
+    for row in map(_row, records):
         if rows and (len(rows) == ROWS_PER_REQUEST or size + len(row) > BYTES_PER_REQUEST):
             yield _body(rows)
             rows, size = [], 0
@@ -99,6 +102,10 @@ def request_bodies(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
         size += len(row) + 1  # and its comma
     if rows:
         yield _body(rows)
+
+
+def _row(record: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _body(rows: Sequence[bytes]) -> bytes:

@@ -40,7 +40,7 @@ _FILES = {
     "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
-    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "stats.sock",
 }
 
 
@@ -68,7 +68,10 @@ def ingress_settings(http_port: int) -> dict[str, str]:
 
 
 def haproxy_folder(http_port: int) -> Path:
-    """Where HAProxy's configuration and sockets lie; short, since a socket's path may have 107 characters."""
+    """Where HAProxy's configuration and sockets lie, below a folder of Ray's for each node.
+
+    Short: HAProxy takes 97 characters for a socket's path, and the node's id has 56 of them.
+    """
     return Path(tempfile.gettempdir()) / f"bigray-{os.getuid()}-{http_port}"
 
 

@@ -76,8 +76,7 @@ def deploy(bundle: str, spec: ServeSpec, *, timeout_s: float = 90.0) -> Deployme
     url = _public_url(client, spec)
     name = spec.application.name
     deadline = time.monotonic() + timeout_s
-    with _undone_on_failure(client, spec):
-        _apply(client, spec)
+    with _applied(client, spec):
         _wait_until_running(client, name, deadline)
         _wait_until_answering(name, url, loaded.version, deadline)
     return Deployment(name, loaded.manifest.name, loaded.version, url)
@@ -123,10 +122,11 @@ def absolute_location(bundle: str) -> str:
 
 
 @contextmanager
-def _undone_on_failure(client: ServeControllerClient, spec: ServeSpec) -> Iterator[None]:
-    """Whatever goes wrong inside, Ctrl-C included: the application is again what it was on entry, or is gone."""
+def _applied(client: ServeControllerClient, spec: ServeSpec) -> Iterator[None]:
+    """Hand the application in; whatever goes wrong inside, Ctrl-C included, it is what it was again, or gone."""
     name = spec.application.name
     earlier = _deployed_configs(client).get(name)
+    _apply(client, spec)
     try:
         yield
     except BaseException:

@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def save_checkpoint(paths: RunPaths, trial: TrialSpec, attempt: int, checkpoint: Checkpoint) -> str:
-    """Commit a checkpoint, drop all but the newest `KEPT_CHECKPOINTS`; returns its folder (rank 0).
+    """Commit a checkpoint, drop all but the newest `KEPT_CHECKPOINTS` committed ones; returns its folder (rank 0).
 
     What has a higher step goes too: the trial went back behind it, so it did not verify.
     """
@@ -86,8 +86,8 @@ def save_checkpoint(paths: RunPaths, trial: TrialSpec, attempt: int, checkpoint:
     paths.storage.delete_folder(folder)
     commit_folder(paths.storage, folder, files, manifest)
     steps = paths.checkpoint_steps(trial.trial_id)
-    kept = [step for step in steps if step <= checkpoint.progress.step][:KEPT_CHECKPOINTS]
-    for step in set(steps) - set(kept):
+    usable = [s for s in steps if s <= checkpoint.progress.step and _is_committed(paths, trial, s)]
+    for step in set(steps) - set(usable[:KEPT_CHECKPOINTS]):
         paths.storage.delete_folder(paths.checkpoint(trial.trial_id, step))
     return folder
 
@@ -100,7 +100,7 @@ def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], Non
     """
     for step in paths.checkpoint_steps(trial.trial_id):
         folder = paths.checkpoint(trial.trial_id, step)
-        if not paths.storage.exists(f"{folder}/{MANIFEST}"):
+        if not _is_committed(paths, trial, step):
             continue
         try:
             committed = read_folder(paths.storage, folder)
@@ -110,6 +110,10 @@ def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], Non
         if committed.manifest.get("config_hash") == trial.config_hash:
             return _from_files(committed.files)
     return None
+
+
+def _is_committed(paths: RunPaths, trial: TrialSpec, step: int) -> bool:
+    return paths.storage.exists(f"{paths.checkpoint(trial.trial_id, step)}/{MANIFEST}")
 
 
 def _from_files(files: dict[str, bytes]) -> Checkpoint:
@@ -128,11 +132,23 @@ def _progress_from_json(data: bytes) -> Progress:
 
 
 def pack_weights(weights: StateDict) -> bytes:
-    """A module's state dict -> safetensors."""
+    """A module's state dict -> safetensors. Tied weights are written once for each of their names."""
     import safetensors.torch
 
-    packed: bytes = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in weights.items()})
+    packed: bytes = safetensors.torch.save(_without_sharing(weights))
     return packed
+
+
+def _without_sharing(weights: StateDict) -> StateDict:
+    """On the CPU, each with memory of its own: safetensors refuses tensors that share it."""
+    seen: set[int] = set()
+    own: StateDict = {}
+    for name, tensor in weights.items():
+        tensor = tensor.contiguous().cpu()
+        address = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return own
 
 
 def unpack_weights(data: bytes) -> StateDict:

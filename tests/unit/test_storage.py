@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,70 @@ def test_a_path_below_a_file_is_refused_as_storage(tmp_path: Path) -> None:
         open_storage(tmp_path / "file" / "runs").check_writable()
 
 
+class _Broken:
+    """A filesystem whose every call fails, as one behind a network that is down."""
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def fail(*_: object, **__: object) -> object:
+            raise OSError("network is down")
+
+        return fail
+
+
+@pytest.mark.parametrize(
+    ("call", "place"),
+    [
+        (lambda storage: storage.exists("a"), "s3://b/run/a: cannot look up"),
+        (lambda storage: storage.exists(), "s3://b/run: cannot look up"),
+        (lambda storage: storage.list_names("a"), "s3://b/run/a: cannot list"),
+        (lambda storage: storage.delete_folder("a"), "s3://b/run/a/manifest.json: cannot look up"),
+        (lambda storage: storage.create("a"), "s3://b/run/a: cannot look up"),
+        (lambda storage: storage.check_writable(), "s3://b/run/.bigray-probe: cannot write"),
+    ],
+    ids=["exists", "root exists", "list_names", "delete_folder", "create", "check_writable"],
+)
+def test_what_a_filesystem_raises_is_told_with_the_place(call: Callable[[Storage], object], place: str) -> None:
+    with pytest.raises(StorageError, match=f"^{place}: network is down"):
+        call(Storage(_Broken(), "b/run", "s3://b/run"))
+
+
+def test_a_probe_that_cannot_be_deleted_is_told(tmp_path: Path) -> None:
+    class KeepsEverything(_Broken):
+        def open_output_stream(self, _: str) -> object:
+            return (tmp_path / "probe").open("wb")
+
+    with pytest.raises(StorageError, match="bigray-probe: cannot delete: network is down"):
+        Storage(KeepsEverything(), "b/run", "s3://b/run").check_writable()
+
+
+def test_listing_a_file_is_a_storage_error(storage: Storage) -> None:
+    storage.write_bytes("a", b"")
+
+    with pytest.raises(StorageError, match="/a: cannot list"):
+        storage.list_names("a")
+
+
+def test_a_root_that_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="x: cannot write here: .*too long"):
+        open_storage(tmp_path / ("x" * 300)).check_writable()
+
+
+def test_a_file_is_created_once(storage: Storage) -> None:
+    assert storage.create("new/a")
+    assert not storage.create("new/a")
+    assert storage.read_bytes("new/a") == b""
+
+
+@pytest.mark.parametrize("name", ["../secret", "..", "a/b", "/etc/hostname", "..\\secret"])
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(committed: Storage, name: str) -> None:
+    committed.write_bytes("secret", b"s")
+    document = {"files": {name: {"sha256": sha256(b"s"), "size": 1}}}
+    _path(committed, MANIFEST).write_text(json.dumps(document))
+
+    with pytest.raises(StorageError, match=r"ckpt/manifest\.json: names a file outside its folder"):
+        read_folder(committed, "ckpt")
+
+
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(StorageError, match="nowhere://x: cannot open storage"):
         open_storage("nowhere://x")
@@ -195,7 +260,7 @@ def test_the_manifest_is_the_first_to_go_when_a_folder_is_deleted(committed: Sto
             raise OSError("killed here")
 
     half_done = Storage(FailsToDeleteFolders(), committed.root, committed.uri)
-    with pytest.raises(OSError, match="killed here"):
+    with pytest.raises(StorageError, match="ckpt: cannot delete: killed here"):
         half_done.delete_folder("ckpt")
 
     assert committed.list_names("ckpt") == sorted(FILES)

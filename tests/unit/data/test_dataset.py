@@ -68,6 +68,37 @@ def test_the_holdout_keeps_its_raw_values_and_true_answers(tmp_path: Path) -> No
     assert set(held_out) <= raw
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (pa.array([0.0, 1.0]), (0, 1)),
+        (pa.array([False, True]), (0, 1)),
+        (pa.array([3, 5], pa.int8()), (3, 5)),
+        (pa.array(["0.0", "yes"]), ("0.0", "yes")),
+        (
+            pa.array([0, 86_400_000_000], pa.timestamp("us")),
+            ("1970-01-01T00:00:00.000000", "1970-01-02T00:00:00.000000"),
+        ),
+    ],
+    ids=["floats", "booleans", "integers", "strings", "times"],
+)
+def test_the_true_answers_are_class_names(tmp_path: Path, labels: pa.Array, names: tuple[int | str, ...]) -> None:
+    rows = np.arange(NUM_ROWS)
+    dataset = _prepare(tmp_path, pa.table({"a": rows, "label": labels.take(pa.array(rows % 2))}))
+    truth = dataset.holdout_targets()
+
+    assert dataset.outputs.class_names == names
+    assert truth == [names[row % 2] for row in dataset.holdout.column("a").to_pylist()]
+    assert {type(name) for name in truth} == {type(names[0])}
+
+
+def test_the_true_answers_of_a_regression_are_its_values(tmp_path: Path) -> None:
+    table = pa.table({"a": np.arange(NUM_ROWS), "label": np.arange(NUM_ROWS) / 4})
+    dataset = _prepare(tmp_path, table, "regression")
+
+    assert dataset.holdout_targets() == dataset.holdout.column("label").to_pylist()
+
+
 def test_standardisation_is_fitted_on_the_training_rows_only(tmp_path: Path) -> None:
     dataset = _prepare(tmp_path, pa.table(_columns()), normalize="standard")
     raw = _prepare(tmp_path, pa.table(_columns()), normalize="none")

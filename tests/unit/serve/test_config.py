@@ -35,7 +35,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_shipped_files_load_and_start_with_their_command(file: Path):
     spec = load_serve(file)
     assert spec.needs().min_replicas >= 1
-    assert file.read_text().startswith(f"# bigray deploy runs/digits --config serve/{file.name}\n")
+    assert file.read_text().startswith(f"# bigray deploy runs/digits-1a2b3c --config serve/{file.name}\n")
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

@@ -74,6 +74,15 @@ def test_only_the_newest_checkpoints_are_kept(paths: RunPaths, trial: TrialSpec)
     assert paths.checkpoint_steps(trial.trial_id) == [4, 3, 2, 1][:KEPT_CHECKPOINTS]
 
 
+def test_unfinished_checkpoints_are_not_among_those_kept(paths: RunPaths, trial: TrialSpec) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(paths, trial, 1, _checkpoint(step))
+    (_folder(paths, trial, 3) / MANIFEST).unlink()
+    save_checkpoint(paths, trial, 1, _checkpoint(4))
+
+    assert paths.checkpoint_steps(trial.trial_id) == [4, 2]
+
+
 def test_a_corrupt_checkpoint_is_passed_over_with_one_warning(paths: RunPaths, trial: TrialSpec) -> None:
     for step in (1, 2):
         save_checkpoint(paths, trial, 1, _checkpoint(step))
@@ -186,6 +195,30 @@ def test_weights_of_every_layout_and_kind_survive() -> None:
     for name, tensor in weights.items():
         assert torch.equal(read_back[name], tensor)
         assert read_back[name].dtype == tensor.dtype
+
+
+def _tied() -> torch.nn.Sequential:
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    return torch.nn.Sequential(first, second)
+
+
+def test_tied_weights_survive() -> None:
+    source, copy = _tied(), _tied()
+    copy.load_state_dict(unpack_weights(pack_weights(source.state_dict())))
+
+    assert copy[0].weight is copy[1].weight
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], tensor)
+
+
+def test_views_of_one_tensor_survive() -> None:
+    whole = torch.arange(6.0)
+    read_back = unpack_weights(pack_weights({"whole": whole, "end": whole[2:], "start": whole[:3]}))
+
+    assert torch.equal(read_back["whole"], whole)
+    assert torch.equal(read_back["end"], whole[2:])
+    assert torch.equal(read_back["start"], whole[:3])
 
 
 @pytest.mark.parametrize(
