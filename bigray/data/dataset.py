@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bigray.bundle import OutputSchema
-from bigray.data.features import Column, FeatureSchema, column_to_numpy
+from bigray.data.features import Column, FeatureSchema, column_to_numpy, table_to_records
 from bigray.data.preprocessing import Preprocessing, fit_preprocessing
 from bigray.data.sources import read_table
 from bigray.data.splitting import fingerprint, row_hashes, split_rows
@@ -105,12 +105,6 @@ def prepare_dataset(spec: DataSpec, task: Task) -> Dataset:
         fingerprint=fingerprint(table.select([*features, spec.target]), hashes),
         example=table_to_records(table.select(list(features)).take(pa.array(split.train[:1])))[0],
     )
-
-
-def table_to_records(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows as JSON-ready objects; tensors become nested lists."""
-    columns = {name: column_to_numpy(table, name).tolist() for name in table.column_names}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _column_faults(table: pa.Table, spec: DataSpec, features: tuple[str, ...]) -> Iterable[str]:

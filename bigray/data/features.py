@@ -105,6 +105,23 @@ def column_to_numpy(table: pa.Table, name: str) -> NDArray[Any]:
     return column.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
+def table_to_records(table: pa.Table, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of a table as JSON records; tensors become nested lists."""
+    chosen = list(names) if names is not None else table.column_names
+    missing = [name for name in chosen if name not in table.column_names]
+    if missing:
+        raise SpecError(f"data: the table has no column '{missing[0]}'; it has: {', '.join(table.column_names)}")
+    columns = [_column_values(table, name) for name in chosen]
+    return [dict(zip(chosen, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _column_values(table: pa.Table, name: str) -> list[Any]:
+    kind = table.schema.field(name).type
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return column_to_numpy(table, name).tolist()  # type: ignore[no-any-return]
+    return table.column(name).to_pylist()  # type: ignore[no-any-return]
+
+
 def _list_to_numpy(column: pa.Array, name: str) -> NDArray[Any]:
     shape: list[int] = []
     while _is_list(column.type):

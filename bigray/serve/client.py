@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from bigray.data.features import FeatureSchema, column_to_numpy
+from bigray.data.features import FeatureSchema, table_to_records
 from bigray.errors import DeployError, SpecError
 from bigray.inference import Predictions
 
@@ -146,23 +146,6 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         raise SpecError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
         raise SpecError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def table_to_records(table: pa.Table, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Rows of a table as JSON records; tensors become nested lists."""
-    chosen = list(names) if names is not None else table.column_names
-    missing = [name for name in chosen if name not in table.column_names]
-    if missing:
-        raise SpecError(f"data: the table has no column '{missing[0]}'; it has: {', '.join(table.column_names)}")
-    columns = [_column_values(table, name) for name in chosen]
-    return [dict(zip(chosen, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _column_values(table: pa.Table, name: str) -> list[Any]:
-    kind = table.schema.field(name).type
-    if isinstance(kind, pa.FixedShapeTensorType):
-        return column_to_numpy(table, name).tolist()  # type: ignore[no-any-return]
-    return table.column(name).to_pylist()  # type: ignore[no-any-return]
 
 
 def _read_json(file: Path) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
         with _event_stream(groups, journal, listener):
             _export(request, groups, paths, winner)
     journal.append("completed", winner.trial_id)
-    journal.flush()
+    journal.flush(force=True)
 
 
 def _plan(request: RunRequest, capacity: Any) -> Any:
@@ -128,7 +128,7 @@ def _event_stream(groups: WorkerGroups, journal: Journal, listener: Listener) ->
                 journal.append(event.kind, event.trial_id, **event.values)
             for event in events:
                 listener(event)
-            journal.flush()
+            journal.flush(force=is_last_round)
             if is_last_round:
                 return
 

@@ -217,7 +217,7 @@ def test_listing_a_file_is_a_storage_error(storage: Storage) -> None:
 
 
 def test_a_root_that_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="x: cannot write here: .*too long"):
+    with pytest.raises(StorageError, match=r"x: cannot write here: .*too long"):
         open_storage(tmp_path / ("x" * 300)).check_writable()
 
 
