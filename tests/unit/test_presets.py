@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -77,3 +78,9 @@ def test_a_file_that_is_nowhere_keeps_the_name_it_was_asked_by(tmp_path: Path, m
 
 def test_the_preset_folders_are_under_one_root() -> None:
     assert {"cluster", "tuning", "serve"} <= {path.name for path in preset_root().iterdir()}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("cluster/*.sh")), ids=lambda path: path.name)
+def test_every_cluster_script_is_valid_and_starts_with_its_command(path: Path) -> None:
+    subprocess.run(["bash", "-n", path], check=True)
+    assert path.read_text().splitlines()[1] == f"# bash cluster/{path.name}"
