@@ -6,6 +6,7 @@ import glob
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from bigray.specs import ScalingSpec
 
@@ -76,8 +77,26 @@ def _fit_on_gpus(gpus: float, per_worker: float) -> int:
 
 def local_capacity() -> Capacity:
     """What an embedded Ray on this machine will have; starts nothing."""
-    cpus, gpus = float(len(os.sched_getaffinity(0))), float(len(glob.glob("/dev/nvidia[0-9]*")))
+    cpus, gpus = float(_usable_cpus()), float(_visible_gpus())
     return Capacity((Node(cpus, gpus, cpus, gpus),))
+
+
+def _usable_cpus() -> int:
+    """Cores this process may run on, within a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):  # no cgroup v2: no quota to read
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _visible_gpus() -> int:
+    """GPUs of this machine, or those that `CUDA_VISIBLE_DEVICES` leaves."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return len(glob.glob("/dev/nvidia[0-9]*"))
+    return len([device for device in chosen.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
 
 
 def connected_capacity() -> Capacity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bigray.data.dataset import Dataset, prepare_dataset
@@ -12,6 +13,7 @@ from bigray.errors import SpecError
 from bigray.models import build_model, cnn, load_factory
 from bigray.models.cnn import check_images
 from bigray.specs import JobSpec, TrialSpec, digest
+from bigray.storage import sha256
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,21 @@ class RunRequest:
     @property
     def run_id(self) -> str:
         """The job's name and a hash of everything that decides the result: the same command finds the same run."""
-        decided_by = {**self.job.fixed_by(), "search": self.search, "rows": self.dataset.fingerprint}
+        decided_by = {
+            **self.job.fixed_by(),
+            "search": self.search,
+            "rows": self.dataset.fingerprint,
+            "code": {name: _code_hash(model.factory) for name, model in self.job.models.items()},
+        }
         return f"{self.job.name}-{digest(decided_by)[:6]}"
+
+
+def _code_hash(factory: str) -> str | None:
+    """Hash of the file a user's factory is in: another model under the same name is another run. None for bigray's."""
+    if factory.startswith("bigray."):
+        return None
+    source = inspect.getsourcefile(load_factory(factory))
+    return sha256(Path(source).read_bytes())[:12] if source else None
 
 
 def make_request(job: JobSpec, trials: Sequence[TrialSpec], search: dict[str, Any] | None = None) -> RunRequest:

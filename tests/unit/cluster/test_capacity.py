@@ -110,3 +110,11 @@ def test_as_many_groups_as_are_counted_find_a_place_and_no_more() -> None:
             placed += 1
 
         assert groups_that_fit(capacity, scaling, wanted=1000) == placed // scaling.num_workers, (capacity, scaling)
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2)])
+def test_cuda_visible_devices_says_how_many_gpus_this_machine_lends(
+    visible: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local_capacity().gpus == count
