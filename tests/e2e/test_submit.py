@@ -34,11 +34,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "PATH": f"{BIN}:{clean['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",  # nothing is left to drain when the tests end the head
     }
     ports = {"--port": free_port(), "--dashboard-port": free_port(), "--ray-client-server-port": free_port()}
     options = [f"{name}={port}" for name, port in ports.items()]
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *options]
-    # Ray keeps its sockets in this folder, and a socket's path may have at most 107 characters
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
