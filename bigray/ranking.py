@@ -23,7 +23,7 @@ def trial_results(trials: Sequence[TrialSpec], events: Iterable[Mapping[str, Any
             states[event["trial"]] = event
             errors.pop(event["trial"], None)
         elif event["kind"] == "failed":
-            errors[event["trial"]] = event["error"]
+            errors.setdefault(event["trial"], event["error"])
     return [
         _result(trial, states.get(trial.trial_id), errors.get(trial.trial_id))
         for trial in trials

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from bigray.errors import TrainingFailed, last_line
+from bigray.errors import last_line
 from bigray.results import Leaderboard
 from bigray.specs import JobSpec, SearchSpec, TrialSpec
+from bigray.training.commands import Event
 from bigray.training.groups import WorkerGroups
 from bigray.training.request import RunRequest, make_request
 from bigray.training.session import Listener, run_trials, silent
+from bigray.training.switchboard import ask
 from bigray.tuning.space import rungs, search_trials
 
 TRIAL_MEMORY_BYTES = 64 * 2**20
@@ -85,8 +87,11 @@ def _run_tuner(search: SearchSpec, groups: WorkerGroups, trials: Sequence[TrialS
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         ).fit()
-    if len(results.errors) == len(trials):
-        raise TrainingFailed(f"every trial failed: {last_line(results.errors[0])}")
+    # also of a trial whose actor died and could not tell; one that told has the better words, and keeps them
+    for result in results:
+        if result.error is not None:
+            failed = Event("failed", result.config["trial"], {"error": last_line(result.error)})
+            ask(groups.switchboard.push.remote(failed))
 
 
 def _scheduler(search: SearchSpec, trials: Sequence[TrialSpec]) -> Any:

@@ -38,10 +38,12 @@ def test_a_sweep_runs_every_trial_once_survives_one_that_raises_and_exports_the_
     }
     events: list[Event] = []
     board = tune(make_job(tmp_path, models=models), make_search(trials=6), listener=events.append)
-    started = [event.trial_id for event in events if event.kind == "started"]
+    started = {event.trial_id for event in events if event.kind == "started"}
+    epochs = [(event.trial_id, event.values["epoch"]) for event in events if event.kind == "epoch"]
     status = {trial.trial_id: trial.status for trial in board.trials}
-    assert sorted(started) == sorted(status)
-    assert len(set(started)) == 6
+    assert started == set(status)
+    assert len(started) == 6
+    assert len(epochs) == len(set(epochs)), "no epoch was trained twice"
     assert {name for name in status if "broken" in name} == {n for n, found in status.items() if found == "failed"}
     assert board.winner.metrics["val_accuracy"] == max(t.metrics["val_accuracy"] for t in board.trials if t.metrics)
     origin = ModelBundle.load(board.bundle).manifest.origin
