@@ -41,8 +41,6 @@ class Leaderboard:
     trials: tuple[TrialResult, ...]
     bundle: Storage
     """Where the winner's bundle was written."""
-    resumed_from_step: int
-    """Highest step any trial went on from; 0 for a fresh run."""
     wall_s: float
 
     @property

@@ -74,7 +74,8 @@ def _follow(client: JobSubmissionClient, dashboard: str, job_id: str) -> int:
     info = client.get_job_info(job_id)
     if str(info.status.value) == "SUCCEEDED":
         return 0
-    print(f"error: {job_id} {info.status.value}: {(info.message or '').splitlines()[:1]}", file=sys.stderr)
+    reason = next(iter((info.message or "no reason given").splitlines()))
+    print(f"error: {job_id} {info.status.value}: {reason}", file=sys.stderr)
     return info.driver_exit_code or ClusterError.exit_code
 
 

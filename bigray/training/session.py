@@ -63,7 +63,7 @@ def run_trials(request: RunRequest, drive: Drive, listener: Listener, *, address
         ensure_connected(address)
         imports.join()
         _run_attempt(request, drive, listener, paths)
-    board = _leaderboard(request, paths, resumed_from_step, time.monotonic() - started)
+    board = _leaderboard(request, paths, time.monotonic() - started)
     listener(Event("ranked", board.winner.trial_id, {"board": board}))
     return board
 
@@ -149,7 +149,7 @@ def _event_stream(groups: WorkerGroups, journal: Journal, listener: Listener) ->
         raise errors[0]
 
 
-def _leaderboard(request: RunRequest, paths: RunPaths, resumed_from_step: int, wall_s: float) -> Leaderboard:
+def _leaderboard(request: RunRequest, paths: RunPaths, wall_s: float) -> Leaderboard:
     metric, mode = _selection(request)
     return Leaderboard(
         run_id=paths.run_id,
@@ -158,7 +158,6 @@ def _leaderboard(request: RunRequest, paths: RunPaths, resumed_from_step: int, w
         mode=mode,
         trials=rank(trial_results(request.trials, read_journal(paths)), metric, mode),
         bundle=paths.bundle,
-        resumed_from_step=resumed_from_step,
         wall_s=wall_s,
     )
 

@@ -105,7 +105,7 @@ def test_other_events_leave_the_results_as_they_are() -> None:
 
 def test_the_winner_of_a_leaderboard_is_its_first_trial(storage: Storage) -> None:
     trials = rank([_result("a", val_loss=2.0), _result("b", val_loss=1.0)], "val_loss", "min")
-    board = Leaderboard("run", "runs/run", "val_loss", "min", trials, storage.child("bundle"), 0, 1.234)
+    board = Leaderboard("run", "runs/run", "val_loss", "min", trials, storage.child("bundle"), 1.234)
 
     assert board.winner.trial_id == "b"
     assert board.to_json()["winner"]["trial_id"] == "b"
