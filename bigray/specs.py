@@ -10,17 +10,28 @@ import hashlib
 import json
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-Task = Literal["classification", "regression"]
+from bigray.errors import did_you_mean
+
+BuiltInTask = Literal["classification", "regression"]
+IMPORT_PATH = r"^[\w.]+:\w+$"
 
 METRICS: dict[str, dict[str, Literal["max", "min"]]] = {
     "classification": {"val_accuracy": "max", "val_macro_recall": "max", "val_macro_f1": "max", "val_loss": "min"},
     "regression": {"val_mse": "min", "val_mae": "min", "val_r2": "max", "val_loss": "min"},
 }
 """What each task reports after an epoch, and which way is better. The first is the task's default."""
+
+_TORCH_OPTIMIZERS = (
+    *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"),
+    "SGD",
+)
+OPTIMIZERS = {name.lower(): name for name in _TORCH_OPTIMIZERS}
+"""Those of `torch.optim` that take a plain step: what a job file writes, in lower case -> name of the class."""
 
 
 def _safe_name(name: str) -> str:
@@ -33,6 +44,58 @@ Name = Annotated[str, AfterValidator(_safe_name)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+def _task_name(task: str) -> str:
+    if task not in METRICS and not re.fullmatch(IMPORT_PATH, task):
+        raise ValueError(f"use {', '.join(METRICS)}, or 'package.module:Task' for one of your own")
+    return task
+
+
+def _worker_count(value: Any) -> int | tuple[int, int]:
+    bounds = (value, value) if _is_int(value) else value
+    if not (isinstance(bounds, list | tuple) and len(bounds) == 2 and all(_is_int(bound) for bound in bounds)):
+        raise ValueError("use a number from 1, or [least, most]")
+    least, most = bounds
+    if not 1 <= least <= most:
+        raise ValueError("use a number from 1, or [least, most] with 1 <= least <= most")
+    return value if _is_int(value) else (least, most)
+
+
+def _batch_size(value: Any) -> int | Literal["auto"]:
+    if value == "auto" or (_is_int(value) and value >= 1):
+        return cast("int | Literal['auto']", value)
+    raise ValueError("use a number from 1, or 'auto'")
+
+
+def _class_weights(value: Any) -> Literal["none", "balanced"] | tuple[float, ...]:
+    if value in ("none", "balanced"):
+        return cast("Literal['none', 'balanced']", value)
+    if isinstance(value, list | tuple) and value and all(_is_positive(weight) for weight in value):
+        return tuple(float(weight) for weight in value)
+    raise ValueError("use 'none', 'balanced', or a list of positive numbers, one for each class")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _optimizer(name: str) -> str:
+    if name.lower() not in OPTIMIZERS:
+        raise ValueError(f"not an optimizer{did_you_mean(name.lower(), OPTIMIZERS)}")
+    return name.lower()
+
+
+OptimizerName = Annotated[str, AfterValidator(_optimizer)]
+# one validator for a whole union: pydantic's own report has a line for each member, under a name nobody wrote
+TaskName = Annotated[str, AfterValidator(_task_name)]
+WorkerCount = Annotated[int | tuple[int, int], PlainValidator(_worker_count)]
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+ClassWeights = Annotated[Literal["none", "balanced"] | tuple[float, ...], PlainValidator(_class_weights)]
 
 
 class Spec(BaseModel):
@@ -73,38 +136,177 @@ class DataSpec(Spec):
 class ModelSpec(Spec):
     """A callable `(input_shape, num_outputs, **params)` that returns a `torch.nn.Module`."""
 
-    factory: str = Field(pattern=r"^[\w.]+:\w+$")
+    factory: str = Field(pattern=IMPORT_PATH)
     params: dict[str, Any] = {}
+
+
+class ScheduleSpec(Spec):
+    """How the learning rate moves over the optimizer steps of a trial; each kind starts after the warm-up."""
+
+    kind: Literal["constant", "linear", "cosine", "one_cycle"] = "constant"
+    """linear and cosine fall to `final_fraction`; one_cycle rises from lr/25 to lr and falls below it (Smith and Topin
+    2019, arXiv 1708.07120)."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of a linear rise from 0; not with one_cycle, which has its own."""
+    final_fraction: Fraction = 0.0
+    """The rate of the last step over `lr`; for linear and cosine."""
+    rise_fraction: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the steps in which one_cycle rises."""
+
+    @model_validator(mode="after")
+    def _has_one_rise(self) -> ScheduleSpec:
+        if self.kind == "one_cycle" and self.warmup_steps:
+            raise ValueError("one_cycle rises by itself: remove warmup_steps, or set rise_fraction")
+        return self
+
+
+class ParamGroupSpec(Spec):
+    """Parameters with settings of their own, by name."""
+
+    match: str = Field(min_length=1)
+    """A pattern such as `head.*` over the module's parameter names (fnmatch); the first group that matches wins."""
+    lr_scale: PositiveFloat = 1.0
+    weight_decay: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Default: the job's."""
+
+
+class KeepSpec(Spec):
+    """Checkpoints that stay on storage."""
+
+    last: int = Field(default=2, ge=1)
+    """The newest of each trial that may still go on; two, so that one can be damaged."""
+    best: int = Field(default=1, ge=1)
+    """Ended trials, best first, whose last checkpoint stays; of the others only the record does."""
+
+
+class SeedSpec(Spec):
+    """Seeds of the parts of a trial; default: the job's seed."""
+
+    weights: int | None = Field(default=None, ge=0)
+    """Initial weights."""
+    order: int | None = Field(default=None, ge=0)
+    """Order of the samples in each epoch."""
+    steps: int | None = Field(default=None, ge=0)
+    """Random numbers inside a step, such as dropout."""
+
+
+class NonFiniteSpec(Spec):
+    """What to do when the loss or a gradient is NaN or infinite."""
+
+    policy: Literal["stop", "rollback"] = "stop"
+    """stop: the trial ends as diverged. rollback: back to the last checkpoint with a lower rate."""
+    lr_factor: float = Field(default=0.5, gt=0, lt=1)
+    """Multiplies the learning rate at each roll-back."""
+    max_rollbacks: int = Field(default=3, ge=1)
 
 
 class TrainingSpec(Spec):
     """How one model is trained."""
 
-    task: Task
+    task: TaskName
+    """classification, regression, or `package.module:Task` (see `bigray.training.tasks`)."""
+    targets: Literal["classification", "regression"] | None = None
+    """How a task of one's own reads the target column: as classes or as numbers. Needed for those only."""
+    loop: str | None = Field(default=None, pattern=IMPORT_PATH)
+    """`package.module:train`, called as train(context) in each worker instead of bigray's loop."""
+    loop_params: dict[str, Any] = {}
+    """Found by one's own loop in `context.params`."""
     epochs: int = Field(default=10, ge=1)
-    global_batch_size: int = Field(default=64, ge=1)
-    """Samples of one optimizer step, over all workers."""
+    global_batch_size: BatchSize = 64
+    """Samples of one optimizer step, over all workers. auto: the largest micro-batch that fits, on each worker."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows of one forward pass of one worker at most; a larger share is accumulated over several. Default: no limit."""
     lr: PositiveFloat = 1e-3
-    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    schedule: ScheduleSpec = ScheduleSpec()
+    optimizer: OptimizerName = "adamw"
+    """A class of `torch.optim`, in any case: adamw, sgd, rmsprop, NAdam ..."""
+    optimizer_params: dict[str, Any] = {}
+    """More arguments of that class, such as betas or nesterov."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Used by sgd only."""
+    """For optimizers that have it, such as sgd."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """matrices: biases and the parameters of normalisation layers (all with fewer than two axes) do not decay."""
+    param_groups: Annotated[tuple[ParamGroupSpec, ...], Field(strict=False)] = ()
+    clip_norm: PositiveFloat | None = None
+    """Gradients are scaled down to this norm over all parameters; default: never."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights; it is what is validated and exported."""
+    label_smoothing: Fraction = 0.0
+    class_weights: ClassWeights = "none"
+    """Weight of each class's samples in the loss, in the order of the classes; balanced: inverse to their counts."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: autocast; the weights and the optimizer stay in fp32. fp16 scales the loss (GPU only)."""
+    compile: bool = False
+    """Pass the model through torch.compile."""
+    gradient_checkpointing: bool = False
+    """Compute the activations of each block again in the backward pass instead of keeping them."""
+    sync_batchnorm: bool = False
+    """Batch norm statistics over the micro-batches of all workers."""
+    exact: bool = False
+    """Bit-equal weights at any number of workers up to `logical_shards`: fixed shards, summed in a fixed order."""
+    logical_shards: int = Field(default=4, ge=1, le=256)
+    """Parts of each global batch that `exact` computes apart; a worker takes several."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """fsdp: parameters, gradients and optimizer state are cut over the workers (torch fully_shard)."""
     metric: str | None = None
     """Validation metric that picks the best epoch; default: the first of the task's `METRICS`."""
+    metric_mode: Literal["max", "min"] | None = None
+    """Which way is better, for a metric that is not one of `METRICS`."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many validated epochs without a better metric; default: train all epochs."""
     val_every: int = Field(default=1, ge=1)
     """Validate after every n-th epoch, and after the last."""
     checkpoint_every_s: PositiveFloat = 30.0
     """Seconds between checkpoints inside a run of epochs; one is always made when training pauses or ends."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; the weights and the optimizer stay in fp32."""
+    keep: KeepSpec = KeepSpec()
+    seeds: SeedSpec = SeedSpec()
+    on_non_finite: NonFiniteSpec = NonFiniteSpec()
+    hang_timeout_s: PositiveFloat = 600.0
+    """A worker that is alive but makes no progress for this long is ended and replaced. It is named after 20 s."""
 
     @model_validator(mode="after")
     def _metric_is_reported(self) -> TrainingSpec:
-        if self.metric is not None and self.metric not in METRICS[self.task]:
+        known = METRICS.get(self.task, {})
+        is_free = self.task not in METRICS or self.loop is not None
+        if is_free and self.metric not in known and (self.metric is None or self.metric_mode is None):
+            raise ValueError("metric and metric_mode: a task or loop of your own needs both, such as 'val_f1', 'max'")
+        if not is_free and self.metric is not None and self.metric not in known:
             raise ValueError(unknown_metric(self.metric, self.task))
         return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainingSpec:
+        if faults := list(self._conflicts()):
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _conflicts(self) -> Iterable[str]:
+        if self.task not in METRICS and self.targets is None:
+            yield "targets: a task of your own needs 'classification' or 'regression': how to read the target column"
+        if self.exact and self.strategy == "fsdp":
+            yield "exact: cannot be combined with strategy = 'fsdp'"
+        if self.exact and self.sync_batchnorm:
+            yield "exact: normalises each logical shard by itself; remove sync_batchnorm"
+        if self.exact and self.global_batch_size == "auto":
+            yield "exact: needs a fixed global_batch_size, 'auto' depends on the machine"
+        is_classes = self.target_kind == "classification"
+        if not is_classes and (self.label_smoothing or self.class_weights != "none"):
+            yield "label_smoothing and class_weights are for classification"
+
+    @property
+    def batch_size(self) -> int:
+        """`global_batch_size` as a number: in a worker, which has put the number it found in the place of "auto"."""
+        if self.global_batch_size == "auto":
+            raise ValueError("global_batch_size is 'auto' and has not been found yet")
+        return self.global_batch_size
+
+    @property
+    def target_kind(self) -> BuiltInTask:
+        """How the target column is read: as classes, or as numbers."""
+        if self.task in METRICS:
+            return cast(BuiltInTask, self.task)
+        return self.targets or "regression"
 
     @property
     def selection_metric(self) -> str:
@@ -112,18 +314,33 @@ class TrainingSpec(Spec):
 
     @property
     def selection_mode(self) -> Literal["max", "min"]:
-        return METRICS[self.task][self.selection_metric]
+        return self.metric_mode or METRICS[self.task][self.selection_metric]
 
 
 class ScalingSpec(Spec):
     """Workers of one group, and what each holds."""
 
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: WorkerCount = 1
+    """A number, or [least, most]: elastic, the group starts with what fits and follows the cluster."""
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Above 0 the group runs on GPUs over NCCL."""
     max_failures: int = Field(default=3, ge=0)
-    """Worker deaths a group survives; after each it goes on from the last checkpoint."""
+    """Worker deaths a trial survives; after each it goes on from the last checkpoint. A preemption is not one."""
+    warm_spare: bool = True
+    """Keep one idle process a node with everything imported, so that a lost worker is replaced in a second or two."""
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min_workers != self.max_workers
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class JobSpec(Spec):
@@ -137,6 +354,16 @@ class JobSpec(Spec):
     models: dict[Name, ModelSpec] = Field(min_length=1)
     training: TrainingSpec
     scaling: ScalingSpec = ScalingSpec()
+
+    @model_validator(mode="after")
+    def _exact_has_a_shard_for_each_worker(self) -> JobSpec:
+        training, most = self.training, self.scaling.max_workers
+        if training.exact and most > training.logical_shards:
+            raise ValueError(
+                f"training.logical_shards: {training.logical_shards} shards cannot keep {most} workers busy; "
+                f"use logical_shards = {most} or more"
+            )
+        return self
 
     def fixed_by(self) -> dict[str, Any]:
         """The part that decides the result: all but where it is stored and how many workers share the work."""
@@ -216,5 +443,5 @@ def digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def unknown_metric(metric: str, task: Task) -> str:
+def unknown_metric(metric: str, task: str) -> str:
     return f"metric '{metric}' is never reported for {task}; choose one of {', '.join(METRICS[task])}"

@@ -64,7 +64,9 @@ def groups_that_fit(capacity: Capacity, scaling: ScalingSpec, wanted: int) -> in
     All bundles of all groups are equal, so counting them is exact: whatever order Ray places them in, this many find
     a place. Nothing else that bigray starts holds a CPU, so a sweep cannot wait for itself.
     """
-    return min(wanted, workers_that_fit(capacity, scaling, free_only=True) // scaling.num_workers)
+    workers = workers_that_fit(capacity, scaling, free_only=True)
+    # an elastic group takes up to its most; where not even one has room for that, one goes with less
+    return min(wanted, workers // scaling.max_workers or int(workers >= scaling.min_workers))
 
 
 def _fit_on_gpus(gpus: float, per_worker: float) -> int:

@@ -58,7 +58,8 @@ def make_plan(
     if faults:
         raise CapacityError(faults)
     groups = groups_that_fit(capacity, job.scaling, num_trials)
-    workers = groups * job.scaling.num_workers
+    a_group = min(job.scaling.max_workers, workers_that_fit(capacity, job.scaling, free_only=True))
+    workers = groups * a_group
     return Plan(
         job=job.name,
         models=tuple(job.models),
@@ -67,7 +68,7 @@ def make_plan(
         trials=num_trials,
         trials_at_once=groups,
         groups=groups,
-        workers_per_group=job.scaling.num_workers,
+        workers_per_group=a_group,
         cpus=workers * job.scaling.cpus_per_worker,
         gpus=workers * job.scaling.gpus_per_worker,
         backend="nccl" if job.scaling.gpus_per_worker else "gloo",
@@ -81,13 +82,13 @@ def make_plan(
 def _training_faults(scaling: ScalingSpec, capacity: Capacity) -> list[str]:
     asked = _describe(scaling)
     ever = workers_that_fit(capacity, scaling, free_only=False)
-    if ever < scaling.num_workers:
+    if ever < scaling.min_workers:
         nearest = (
             f"the most that fits is num_workers = {ever}" if ever else "not one worker of this size fits on any node"
         )
         return [f"scaling.num_workers: {asked}, but the cluster has {_cluster(capacity)}; {nearest}"]
     now = workers_that_fit(capacity, scaling, free_only=True)
-    if now < scaling.num_workers:
+    if now < scaling.min_workers:
         free = f"{capacity.free_cpus:g} CPUs and {capacity.free_gpus:g} GPUs are free"
         return [
             f"scaling.num_workers: {asked}, but only {free} of {_cluster(capacity)}; "
@@ -104,21 +105,22 @@ def _serve_faults(serve: ServeNeeds, capacity: Capacity) -> list[str]:
         gpus_per_worker=serve.gpus_per_replica,
     )
     fit = workers_that_fit(capacity, size, free_only=False)
-    if fit >= size.num_workers:
+    if fit >= size.min_workers:
         return []
     return [
-        f"serve: {size.num_workers} replicas x {serve.cpus_per_replica:g} CPU, {serve.gpus_per_replica:g} GPU, "
+        f"serve: {size.min_workers} replicas x {serve.cpus_per_replica:g} CPU, {serve.gpus_per_replica:g} GPU, "
         f"but the cluster has {_cluster(capacity)}; the most that fits is {fit} replicas"
     ]
 
 
 def _describe(scaling: ScalingSpec) -> str:
-    text = f"{scaling.num_workers} workers x {scaling.cpus_per_worker:g} CPU"
+    least = scaling.min_workers
+    text = f"{'at least ' if scaling.is_elastic else ''}{least} workers x {scaling.cpus_per_worker:g} CPU"
     if scaling.gpus_per_worker:
         text += f" + {scaling.gpus_per_worker:g} GPU"
-    needs = f"{scaling.num_workers * scaling.cpus_per_worker:g} CPUs"
+    needs = f"{least * scaling.cpus_per_worker:g} CPUs"
     if scaling.gpus_per_worker:
-        needs += f" and {scaling.num_workers * scaling.gpus_per_worker:g} GPUs"
+        needs += f" and {least * scaling.gpus_per_worker:g} GPUs"
     return f"{text} need {needs}"
 
 

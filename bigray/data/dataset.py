@@ -16,7 +16,7 @@ from bigray.data.preprocessing import Preprocessing, fit_preprocessing
 from bigray.data.sources import read_table
 from bigray.data.splitting import fingerprint, row_hashes, split_rows
 from bigray.errors import SpecError, did_you_mean
-from bigray.specs import DataSpec, Task
+from bigray.specs import BuiltInTask, DataSpec
 
 Targets = NDArray[np.int64] | NDArray[np.float32]
 
@@ -64,7 +64,7 @@ class Dataset:
         return numbers
 
 
-def prepare_dataset(spec: DataSpec, task: Task) -> Dataset:
+def prepare_dataset(spec: DataSpec, task: BuiltInTask) -> Dataset:
     """Read, check, split and standardise.
 
     Raises:
@@ -160,7 +160,7 @@ def _booleans_as_numbers(table: pa.Table, features: tuple[str, ...]) -> pa.Table
     return table
 
 
-def _encode_targets(table: pa.Table, target: str, task: Task) -> tuple[Targets, OutputSchema]:
+def _encode_targets(table: pa.Table, target: str, task: BuiltInTask) -> tuple[Targets, OutputSchema]:
     values = column_to_numpy(table, target)
     if task == "regression":
         if values.dtype.kind not in "iuf" or values.ndim != 1:
@@ -202,7 +202,7 @@ def _check_finite(x: NDArray[np.float32], inputs: FeatureSchema) -> None:
     )
 
 
-def _check_split(spec: DataSpec, task: Task, num_train: int, num_validation: int) -> None:
+def _check_split(spec: DataSpec, task: BuiltInTask, num_train: int, num_validation: int) -> None:
     if num_train == 0:
         raise SpecError("data.split: leaves no training rows")
     if num_validation == 0:

@@ -78,7 +78,7 @@ class TrialTraining:
         )
         self._replica = _wrap(self.module, worker)
         self._optimizer = _make_optimizer(trial, self.module)
-        self._metrics = make_metrics(trial.training.task, num_outputs).to(worker.device)
+        self._metrics = make_metrics(trial.training.target_kind, num_outputs).to(worker.device)
 
     def train_to(
         self, until_epoch: int, on_epoch: Callable[[dict[str, Any]], None], on_checkpoint: Callable[[Checkpoint], None]
@@ -89,7 +89,7 @@ class TrialTraining:
         """
         spec, worker = self.trial.training, self.worker
         num_rows = len(self.data.x_train)
-        num_steps = steps_per_epoch(num_rows, spec.global_batch_size)
+        num_steps = steps_per_epoch(num_rows, spec.batch_size)
         clock = _Clock(spec.checkpoint_every_s)
 
         while self.progress.ended is None and self.progress.epoch < until_epoch:
@@ -100,7 +100,7 @@ class TrialTraining:
             num_samples = 0
             self._replica.train()
             for batch in range(first_batch, num_steps):
-                rows = global_batch(order, batch, spec.global_batch_size)
+                rows = global_batch(order, batch, spec.batch_size)
                 share = worker_share(rows, worker.rank, worker.world_size)
                 _seed(worker.device, step_seed(self.trial.seed, epoch, batch, worker.rank))
                 if len(share):
@@ -141,7 +141,7 @@ class TrialTraining:
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics of the current weights, over all ranks; the same dict on each."""
-        task, worker = self.trial.training.task, self.worker
+        task, worker = self.trial.training.target_kind, self.worker
         rows = np.arange(len(self.data.x_val), dtype=np.int64)
         share = worker_share(rows, worker.rank, worker.world_size)
         loss = torch.zeros((), dtype=torch.float64, device=worker.device)
@@ -238,7 +238,7 @@ class TrialTraining:
 
     def _summed_loss(self, network: torch.nn.Module, rows: np.ndarray[Any, Any]) -> torch.Tensor:
         x, y = self._load(self.data.x_train, self.data.y_train, rows)
-        return summed_loss(self.trial.training.task, self._forward(network, x), y)
+        return summed_loss(self.trial.training.target_kind, self._forward(network, x), y)
 
     def _forward(self, network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         enabled = self.trial.training.precision == "bf16"
@@ -277,13 +277,10 @@ def _make_optimizer(trial: TrialSpec, module: torch.nn.Module) -> torch.optim.Op
     spec = trial.training
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     common: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
-    match spec.optimizer:
-        case "sgd":
-            return torch.optim.SGD(parameters, momentum=spec.momentum, **common)
-        case "adam":
-            return torch.optim.Adam(parameters, **common)
-        case "adamw":
-            return torch.optim.AdamW(parameters, **common)
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    extra = {"momentum": spec.momentum} if spec.optimizer == "sgd" else {}
+    made: torch.optim.Optimizer = kinds[spec.optimizer](parameters, **common, **extra)
+    return made
 
 
 def _seed(device: torch.device, seed: int) -> None:

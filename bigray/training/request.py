@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bigray.data.dataset import Dataset, prepare_dataset
 from bigray.errors import SpecError
@@ -52,7 +52,7 @@ def make_request(job: JobSpec, trials: Sequence[TrialSpec], search: dict[str, An
     Raises:
         SpecError: with one line for each fault of the data, the batch sizes and the models.
     """
-    dataset = prepare_dataset(job.data, job.training.task)
+    dataset = prepare_dataset(job.data, job.training.target_kind)
     faults = [*_batch_faults(trials, dataset), *_model_faults(job, dataset)]
     if faults:
         raise SpecError(faults)
@@ -61,7 +61,8 @@ def make_request(job: JobSpec, trials: Sequence[TrialSpec], search: dict[str, An
 
 def _batch_faults(trials: Sequence[TrialSpec], dataset: Dataset) -> Iterable[str]:
     rows = dataset.num_rows["train"]
-    for size in sorted({trial.training.global_batch_size for trial in trials}):
+    sizes = {trial.training.global_batch_size for trial in trials} - {"auto"}
+    for size in sorted(cast("set[int]", sizes)):
         if size > rows:
             yield f"training.global_batch_size: {size} is more than the {rows} training rows"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bigray.specs import Task
+from bigray.specs import BuiltInTask
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _NO_SYNC: dict[str, Any] = {"sync_on_compute": False}
 
 
-def summed_loss(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def summed_loss(task: BuiltInTask, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum over the samples: cross-entropy of logits (rows, classes), or squared error of (rows, 1)."""
     from torch.nn import functional
 
@@ -23,7 +23,7 @@ def summed_loss(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> tor
     return functional.mse_loss(outputs.float().squeeze(-1), targets, reduction="sum")
 
 
-def make_metrics(task: Task, num_outputs: int) -> torchmetrics.MetricCollection:
+def make_metrics(task: BuiltInTask, num_outputs: int) -> torchmetrics.MetricCollection:
     """The task's validation metrics under the names of `bigray.specs.METRICS`.
 
     Every state of each is a sum over samples, which the loop adds up over the ranks; so they must not sync themselves.
@@ -47,6 +47,6 @@ def make_metrics(task: Task, num_outputs: int) -> torchmetrics.MetricCollection:
     )
 
 
-def to_predictions(task: Task, outputs: torch.Tensor) -> torch.Tensor:
+def to_predictions(task: BuiltInTask, outputs: torch.Tensor) -> torch.Tensor:
     """Model outputs -> what the metrics compare with the targets."""
     return outputs.argmax(dim=1) if task == "classification" else outputs.float().squeeze(-1)

@@ -101,7 +101,7 @@ BAD = [
     (
         "an empty batch",
         ("lr = 3e-3", "global_batch_size = 0"),
-        "training.global_batch_size: should be greater than or equal to 1, got 0",
+        "training.global_batch_size: use a number from 1, or 'auto', got 0",
     ),
     ("a missing key", ('target = "label"', ""), "data.target: required, but missing"),
     ("a missing table", ("[training]", "[models.other]"), "training: required, but missing"),
@@ -123,7 +123,7 @@ BAD = [
     (
         "an unknown optimizer",
         ("lr = 3e-3", 'optimizer = "adamx"'),
-        "training.optimizer: should be 'sgd', 'adam' or 'adamw', got 'adamx'",
+        "training.optimizer: not an optimizer, did you mean 'adamax'?, got 'adamx'",
     ),
     ("an empty storage", ("storage = ", 'storage = "" #'), "storage: "),
 ]
@@ -300,7 +300,7 @@ BAD_SEARCHES = [
     (
         "a range for an integer",
         "trials = 1\nspace.global_batch_size = { uniform = [8, 64] }",
-        "space.global_batch_size: should be a valid integer",
+        "space.global_batch_size: use a number from 1, or 'auto', got 8.0",
     ),
     (
         "a grace period beyond the last epoch",

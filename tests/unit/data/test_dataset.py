@@ -11,7 +11,7 @@ from pyarrow import parquet
 from bigray.data.dataset import Dataset, prepare_dataset, table_to_records
 from bigray.data.sources import table_from_arrays
 from bigray.errors import SpecError
-from bigray.specs import DataSpec, SplitSpec, Task
+from bigray.specs import BuiltInTask, DataSpec, SplitSpec
 
 NUM_ROWS = 120
 
@@ -25,13 +25,13 @@ def _columns() -> dict[str, Any]:
     }
 
 
-def _prepare(folder: Path, table: pa.Table, task: Task = "classification", **spec: Any) -> Dataset:
+def _prepare(folder: Path, table: pa.Table, task: BuiltInTask = "classification", **spec: Any) -> Dataset:
     path = folder / "rows.parquet"
     parquet.write_table(table, path)
     return prepare_dataset(DataSpec.model_validate({"source": str(path), "target": "label", **spec}), task)
 
 
-def _faults(folder: Path, table: pa.Table, task: Task = "classification", **spec: Any) -> tuple[str, ...]:
+def _faults(folder: Path, table: pa.Table, task: BuiltInTask = "classification", **spec: Any) -> tuple[str, ...]:
     with pytest.raises(SpecError) as caught:
         _prepare(folder, table, task, **spec)
     return caught.value.faults
@@ -231,7 +231,7 @@ def _one(value: Any, usual: Any) -> list[Any]:
     return [value, *[usual] * (NUM_ROWS - 1)]
 
 
-BAD: list[tuple[str, pa.Table, Task, str]] = [
+BAD: list[tuple[str, pa.Table, BuiltInTask, str]] = [
     ("nan", _with(a=_one(float("nan"), 1.0)), "classification", "NaN or infinite values"),
     ("infinity", _with(a=_one(float("inf"), 1.0)), "classification", "NaN or infinite values"),
     ("nulls", _with(a=_one(None, 1.0)), "classification", "column 'a' has 1 empty values"),
@@ -259,7 +259,7 @@ BAD: list[tuple[str, pa.Table, Task, str]] = [
 
 @pytest.mark.parametrize(("table", "task", "expected"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
 def test_data_that_cannot_be_trained_on_is_told_with_its_key(
-    tmp_path: Path, table: pa.Table, task: Task, expected: str
+    tmp_path: Path, table: pa.Table, task: BuiltInTask, expected: str
 ) -> None:
     faults = _faults(tmp_path, table, task)
 
