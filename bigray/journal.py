@@ -8,13 +8,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from bigray.paths import RunPaths
 
 SECONDS_BETWEEN_UPLOADS = 5.0
+
+
+class Recordable(Protocol):
+    """What the journal takes: `bigray.training.commands.Event` is one."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def trial_id(self) -> str: ...
+    @property
+    def values(self) -> Mapping[str, Any]: ...
 
 
 @dataclass
@@ -41,12 +52,27 @@ class Journal:
         Raises:
             StorageError: the file cannot be written.
         """
+        self._write([self._line(kind, trial_id, values)])
+
+    def append_all(self, events: Iterable[Recordable]) -> None:
+        """Record events, in order, with one write for all of them: thousands a second come in batches.
+
+        A crash in the middle leaves the first of them whole, as many as reached the disk, and at most one cut line.
+
+        Raises:
+            StorageError: the file cannot be written; some of the events may be in it.
+        """
+        self._write([self._line(event.kind, event.trial_id, event.values) for event in events])
+
+    def _line(self, kind: str, trial_id: str, values: Mapping[str, Any]) -> str:
         record = {"time": round(time.time(), 3), "attempt": self.attempt, "kind": kind, "trial": trial_id, **values}
-        line = json.dumps(record) + "\n"
-        if self.paths.storage.is_local:
-            self.paths.storage.append_line(self.paths.journal_file(self.attempt), line)
-        else:
-            self._lines.append(line)
+        return json.dumps(record) + "\n"
+
+    def _write(self, lines: list[str]) -> None:
+        if not self.paths.storage.is_local:
+            self._lines.extend(lines)
+        elif lines:
+            self.paths.storage.append_line(self.paths.journal_file(self.attempt), "".join(lines))
 
     def flush(self, *, force: bool = False) -> None:
         """Bring an object store up to date, at most every `SECONDS_BETWEEN_UPLOADS` unless forced.

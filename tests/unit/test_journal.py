@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import fs
@@ -204,3 +206,62 @@ def test_an_event_that_cannot_be_written_is_a_storage_error(paths: RunPaths) -> 
 
     with pytest.raises(StorageError, match=r"journal/0001\.jsonl: cannot write"):
         journal.append("epoch")
+
+
+@dataclass(frozen=True)
+class _Event:
+    kind: str
+    trial_id: str
+    values: dict[str, Any]
+
+
+def _epochs(*steps: int) -> list[_Event]:
+    return [_Event("epoch", "mlp", {"step": step}) for step in steps]
+
+
+def test_a_batch_of_events_is_read_like_events_appended_one_by_one(paths: RunPaths, clock: _Clock) -> None:
+    journal = Journal.open(paths)
+    for step in range(1, 4):
+        journal.append("epoch", "mlp", step=step)
+    one_by_one = list(read_journal(paths))
+    Journal.open(paths).append_all(_epochs(1, 2, 3))
+    batch = list(read_journal(paths))[3:]
+
+    assert [{**event, "attempt": 1} for event in batch] == one_by_one
+
+
+def test_a_batch_of_events_is_one_write(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[str] = []
+    append = Storage.append_line
+    monkeypatch.setattr(
+        Storage, "append_line", lambda self, path, line: (writes.append(line), append(self, path, line))[1]
+    )
+    journal = Journal.open(paths)
+    journal.append_all(_epochs(*range(1000)))
+    journal.append_all([])
+
+    assert len(writes) == 1
+    assert [event["step"] for event in read_journal(paths)] == list(range(1000))
+
+
+@pytest.mark.parametrize("damage", [_cut, _fill_with_zeros])
+def test_a_crash_inside_a_batch_loses_only_what_was_not_written(
+    paths: RunPaths, damage: Callable[[Path], None]
+) -> None:
+    journal = Journal.open(paths)
+    journal.append_all(_epochs(1, 2))
+    journal.append_all(_epochs(3, 4, 5))
+    damage(_file(paths, 1))
+    Journal.open(paths).append_all(_epochs(6))
+
+    assert [event["step"] for event in read_journal(paths)] == [1, 2, 3, 4, 6]
+
+
+def test_where_files_cannot_be_appended_to_a_flush_brings_batches_too(object_store: RunPaths) -> None:
+    journal = Journal.open(object_store)
+    journal.append_all(_epochs(1, 2))
+    journal.flush(force=True)
+    journal.append_all(_epochs(3))
+    journal.flush(force=True)
+
+    assert [event["step"] for event in read_journal(object_store)] == [1, 2, 3]
