@@ -20,9 +20,9 @@ LARGEST_BATCH = 2000
 class Reporter:
     """Sends events in the order they were pushed, each exactly once (worker).
 
-    `send` returns once a batch was received; one batch is under way at a time, and what comes in the meantime makes the
-    next one. The queue has no bound: a slow receiver delays `flush`, never `push`. Any thread may call `push`; `flush` and
-    `close` belong to one.
+    `send` returns once a batch was received; one batch is under way at a time, and what comes in the meantime makes
+    the next one. The queue has no bound: a slow receiver delays `flush`, never `push`. Any thread may call `push`;
+    `flush` and `close` belong to one.
     """
 
     def __init__(self, send: Callable[[list[Event]], None], max_wait_s: float = 0.05) -> None:
