@@ -5,8 +5,10 @@ BigrayError                     exit code
 │   └── CapacityError           2   the cluster cannot hold what was asked for, ever or now
 ├── TrainingFailed              3   a trial raised, diverged, or its workers died too often
 ├── StorageError                4   a path cannot be read or written
-│   └── CorruptFile             4   a file's bytes do not match its manifest
+│   ├── CorruptFile             4   a file's bytes do not match its manifest
+│   └── DiskFull                4   no space left, or a quota is used up
 ├── ClusterError                5   no cluster at the address, or it was lost
+│   └── Preempted               5   a worker's node is about to go away
 └── DeployError                 6   the endpoint did not come up, or refused the bundle
 
 Each message is one line that names the place, the value and the way out. All of them survive pickling, since Ray
@@ -24,6 +26,8 @@ __all__ = [
     "ClusterError",
     "CorruptFile",
     "DeployError",
+    "DiskFull",
+    "Preempted",
     "SpecError",
     "StorageError",
     "TrainingFailed",
@@ -68,20 +72,28 @@ class StorageError(BigrayError):
 
 
 class CorruptFile(StorageError):
-    """A committed file does not match the hash in its manifest."""
+    """A committed file does not match its manifest: by its hash, or by another property named in `what`."""
 
-    def __init__(self, path: str, expected: str, actual: str) -> None:
-        self.path, self.expected, self.actual = path, expected, actual
-        super().__init__(path, expected, actual)
+    def __init__(self, path: str, expected: str, actual: str, what: str = "sha256") -> None:
+        self.path, self.expected, self.actual, self.what = path, expected, actual, what
+        super().__init__(path, expected, actual, what)
 
     def __str__(self) -> str:
-        return f"{self.path}: corrupt, expected sha256 {self.expected}, found {self.actual}"
+        return f"{self.path}: corrupt, expected {self.what} {self.expected}, found {self.actual}"
+
+
+class DiskFull(StorageError):
+    """No space left, or a quota is used up. What was committed before is untouched."""
 
 
 class ClusterError(BigrayError):
     """There is no Ray cluster where one was expected, or it went away."""
 
     exit_code = 5
+
+
+class Preempted(ClusterError):
+    """A worker leaves its node before the node does; its group goes on elsewhere."""
 
 
 class DeployError(BigrayError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from bigray.errors import StorageError
 from bigray.storage import Storage
 
 RUN_FILE = "run.json"
@@ -49,6 +50,18 @@ class RunPaths:
         """Attempts that have a journal file, oldest first. Numbers can be missing: files get lost or moved."""
         names = self.storage.list_names(JOURNAL)
         return sorted(int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name)))
+
+    def fence(self, attempt: int) -> None:
+        """Let only the newest attempt write: what an older one still has in hand is not committed any more.
+
+        Raises:
+            StorageError: an attempt with a higher number has started.
+        """
+        newest = max(self.attempts(), default=attempt)
+        if newest > attempt:
+            raise StorageError(
+                f"{self.storage.uri}: attempt {newest} has taken over this run; this process is attempt {attempt}"
+            )
 
     def checkpoint_steps(self, trial_id: str) -> list[int]:
         """Steps that have a checkpoint folder, committed or not, newest first."""

@@ -1,25 +1,43 @@
 """Files of a run, through `pyarrow.fs`: a local folder, NFS, `s3://` or `gs://`.
 
 A folder is *committed* when its `manifest.json` exists: files are written first, the manifest last, and the manifest
-holds the size and SHA-256 of every file. What has no manifest does not exist.
+holds the size and SHA-256 of every file. What has no manifest does not exist, and what a manifest does not name is no
+part of its folder.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
-from bigray.errors import CorruptFile, StorageError
+from bigray.errors import CorruptFile, DiskFull, StorageError
 
 MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
+"""Ending of a file that is being written; one that stays was left by a process that died."""
+CHUNK_BYTES = 1 << 20
+"""Hashed and written at a time: small enough to be in the cache for both, large enough to cost no time in calls."""
+
+Content = bytes | Iterable[bytes | memoryview]
+"""What a file is to hold: at once, or in pieces made while it is written."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file as it went to storage: what its manifest says about it."""
+
+    size: int
+    """Bytes."""
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -53,15 +71,30 @@ class Storage:
         with self._telling(path, "read"), self.filesystem.open_input_stream(self._full(path)) as stream:
             return bytes(stream.read())
 
+    def file_size(self, path: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        with self._telling(path, "look up"):
+            info = self.filesystem.get_file_info(self._full(path))
+            return int(info.size) if info.type == fs.FileType.File else None
+
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a whole file so that a reader sees all of it or nothing, and a crash cannot undo it."""
+        self.write_file(path, data)
+
+    def write_file(self, path: str, content: Content) -> Written:
+        """As `write_bytes`, of content that is walked once: each chunk is hashed and written while it is in the cache.
+
+        Raises:
+            DiskFull: there is no space for it; what was there before still is.
+            StorageError: it cannot be written.
+        """
         full = self._full(path)
         with self._telling(path, "write"):
             if self.is_local:
-                _write_durably(Path(full), data)
-            else:  # an object store shows an object only once its upload is complete
-                with self.filesystem.open_output_stream(full) as stream:
-                    stream.write(data)
+                return _write_durably(Path(full), content)
+            # an object store shows an object only once its upload is complete
+            with self.filesystem.open_output_stream(full) as stream:
+                return _write_hashing(content, stream.write)
 
     def create(self, path: str) -> bool:
         """Make an empty file; False where there is one already.
@@ -82,12 +115,19 @@ class Storage:
         with self._telling(path, "write"), open(self._full(path), "a") as file:
             file.write(line)
 
+    def delete_file(self, path: str) -> None:
+        """Remove a file that is there."""
+        with self._telling(path, "delete"):
+            self.filesystem.delete_file(self._full(path))
+
     def delete_folder(self, path: str) -> None:
         """Remove a folder, its manifest first, so that a half-deleted folder never counts as committed."""
         manifest = f"{path}/{MANIFEST}"
         with self._telling(path, "delete"):
             if self.exists(manifest):
                 self.filesystem.delete_file(self._full(manifest))
+                if self.is_local:  # a power cut must not bring the manifest back after the files are gone
+                    _sync_folder(Path(self._full(path)))
             if self.exists(path):
                 self.filesystem.delete_dir(self._full(path))
 
@@ -113,6 +153,11 @@ class Storage:
             yield
         except OSError as error:
             place = f"{self.uri}/{path}" if path else self.uri
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason = os.strerror(error.errno)
+                raise DiskFull(
+                    f"{place}: cannot {action}: {reason}; free some, then run the same command again"
+                ) from error
             raise StorageError(f"{place}: cannot {action}: {error}") from error
 
 
@@ -140,65 +185,168 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     return Storage(filesystem, root.rstrip("/"), text.rstrip("/"))
 
 
-def commit_folder(storage: Storage, folder: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Write `files` into `folder` and then the manifest that makes them count."""
-    for name, data in files.items():
-        storage.write_bytes(f"{folder}/{name}", data)
-    entries = {name: {"sha256": sha256(data), "size": len(data)} for name, data in files.items()}
-    document = json.dumps({**manifest, "files": entries}, indent=2, sort_keys=True)
-    storage.write_bytes(f"{folder}/{MANIFEST}", document.encode())
+def commit_folder(
+    storage: Storage,
+    folder: str,
+    files: Mapping[str, Content],
+    manifest: Mapping[str, Any],
+    *,
+    token: str = "",
+    before_commit: Callable[[], None] | None = None,
+) -> None:
+    """Write `files` into `folder` and then the manifest that makes them count.
+
+    With a `token` each file is stored under a name of its own (`model.safetensors` as `model-<token>.safetensors`), so
+    that no two writers share a file and a folder can be committed again: until its manifest is replaced, in one step,
+    the folder is what it was.
+
+    `before_commit` is called right before the manifest is written and raises where this process may not write any
+    more. That is a check followed by a write: `pyarrow.fs` (26) has no conditional put, neither `If-None-Match` on S3
+    nor a generation on GCS, so a writer that stands still between the two can still replace the manifest of the one
+    that took over. With tokens the folder then is what either of them wrote or is refused by its hashes, never a
+    mixture that loads.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    try:
+        for name, content in files.items():
+            stored = _stored_name(name, token)
+            written = storage.write_file(f"{folder}/{stored}", content)
+            entries[name] = {"size": written.size, "sha256": written.sha256} | ({"stored": stored} if token else {})
+        if before_commit is not None:
+            before_commit()
+        write_manifest(storage, folder, {**manifest, "files": entries})
+    except DiskFull:  # what was written is of no use now; others may need the space
+        for name, entry in entries.items():
+            with suppress(StorageError):
+                storage.delete_file(f"{folder}/{entry.get('stored', name)}")
+        raise
+
+
+def write_manifest(storage: Storage, folder: str, manifest: Mapping[str, Any]) -> None:
+    """Write, or replace in one step, what a folder consists of."""
+    storage.write_bytes(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True).encode())
+
+
+def remove_leftovers(storage: Storage, folder: str, manifest: Mapping[str, Any]) -> None:
+    """Remove the files of a committed folder that its manifest does not name."""
+    named = {MANIFEST, *(entry.get("stored", name) for name, entry in manifest["files"].items())}
+    for name in storage.list_names(folder):
+        if name not in named:
+            storage.delete_file(f"{folder}/{name}")
 
 
 def read_folder(storage: Storage, folder: str = "") -> CommittedFolder:
-    """Read a committed folder and verify every hash.
+    """Read a committed folder and verify the size and hash of every file.
 
     Raises:
-        CorruptFile: a file's bytes differ from the manifest (both hashes are in the message).
-        StorageError: the manifest or a file is missing or unreadable, or the manifest names one outside the folder.
+        CorruptFile: a file is missing, or its bytes differ from the manifest; what was expected and what was found are
+            in the message.
+        StorageError: the manifest is missing or unreadable, or names a file outside the folder.
     """
-    prefix = f"{folder}/" if folder else ""
-    manifest_bytes = storage.read_bytes(f"{prefix}{MANIFEST}")
+    manifest = read_manifest(storage, folder)
+    return CommittedFolder(manifest, read_files(storage, folder, manifest))
+
+
+def read_manifest(storage: Storage, folder: str = "") -> dict[str, Any]:
+    """The manifest of a committed folder, checked for its form only.
+
+    Raises:
+        StorageError: it is missing or unreadable, or names a file outside the folder.
+    """
+    path = f"{folder}/{MANIFEST}" if folder else MANIFEST
+    data = storage.read_bytes(path)
     try:
-        manifest = json.loads(manifest_bytes)
-        entries = {str(name): entry["sha256"] for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{storage.uri}/{prefix}{MANIFEST}: not a manifest: {error}") from error
-    if outside := [name for name in entries if _leads_elsewhere(name)]:
-        raise StorageError(f"{storage.uri}/{prefix}{MANIFEST}: names a file outside its folder: {outside[0]!r}")
-    files = {}
-    for name, expected in entries.items():
-        data = storage.read_bytes(f"{prefix}{name}")
-        if (actual := sha256(data)) != expected:
-            raise CorruptFile(f"{storage.uri}/{prefix}{name}", expected, actual)
-        files[name] = data
-    return CommittedFolder(manifest, files)
+        manifest: dict[str, Any] = json.loads(data)
+        entries = {str(name): Written(int(e["size"]), str(e["sha256"])) for name, e in manifest["files"].items()}
+        stored = [*entries, *(str(entry.get("stored", "")) for entry in manifest["files"].values())]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{storage.uri}/{path}: not a manifest: {error}") from error
+    if outside := [name for name in stored if _leads_elsewhere(name)]:
+        raise StorageError(f"{storage.uri}/{path}: names a file outside its folder: {outside[0]!r}")
+    return manifest
+
+
+def read_files(
+    storage: Storage, folder: str, manifest: Mapping[str, Any], names: Iterable[str] | None = None
+) -> dict[str, bytes]:
+    """The files a manifest lists, or those of them in `names`, each verified.
+
+    Raises:
+        CorruptFile: one is missing or differs.
+        StorageError: one cannot be read.
+    """
+    entries = manifest["files"]
+    wanted = entries if names is None else names
+    return {name: _read_verified(storage, folder, name, entries[name]) for name in wanted}
+
+
+def _read_verified(storage: Storage, folder: str, name: str, entry: Mapping[str, Any]) -> bytes:
+    stored = entry.get("stored", name)
+    path = f"{folder}/{stored}" if folder else stored
+    place = f"{storage.uri}/{path}"
+    size = storage.file_size(path)
+    if size != entry["size"]:  # asked first, so that a wrong file is not read into memory
+        found = "no file" if size is None else f"{size}"
+        raise CorruptFile(place, f"{entry['size']}", found, what="size")
+    data = storage.read_bytes(path)
+    if (actual := sha256(data)) != entry["sha256"]:
+        raise CorruptFile(place, entry["sha256"], actual)
+    return data
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _stored_name(name: str, token: str) -> str:
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}-{token}{dot}{ending}" if token else name
+
+
 def _leads_elsewhere(name: str) -> bool:
     return any(part in name for part in ("/", "\\", ".."))
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write_hashing(content: Content, write: Callable[[memoryview], object]) -> Written:
+    digest, size = hashlib.sha256(), 0
+    for piece in (content,) if isinstance(content, bytes) else content:
+        view = memoryview(piece).cast("B")
+        for start in range(0, len(view), CHUNK_BYTES):
+            chunk = view[start : start + CHUNK_BYTES]
+            digest.update(chunk)
+            write(chunk)
+        size += len(view)
+    return Written(size, digest.hexdigest())
+
+
+def _write_durably(path: Path, content: Content) -> Written:
+    _make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
+        with temporary.open("wb", buffering=CHUNK_BYTES) as file:
+            written = _write_hashing(content, file.write)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)  # the rename itself must survive a power cut
     except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk wants the space back
+        with suppress(OSError):  # a full disk wants the space back; why it failed is the story to tell
+            temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)  # the rename itself must survive a power cut
+    return written
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it; each survives a power cut, as what will be written into it has to."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
 
 
 def _create_durably(path: Path) -> bool:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError:

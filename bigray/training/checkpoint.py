@@ -1,29 +1,49 @@
-"""A trial's state on storage: safetensors and JSON in a committed folder, no pickle.
+"""A trial's state: what a checkpoint is, and reading it back from storage. No pickle, safetensors and JSON only.
 
 model.safetensors       weights after `step` optimizer steps
 optimizer.safetensors   optimizer state, one tensor for each parameter and slot
 best.safetensors        weights of the best epoch, where it is not this one
 progress.json           cursor (epoch, batch, step), best epoch, and whether the trial ended
+
+More files are there where the training has more state (ema, samples, scaler). Writing is in `checkpoint_writer`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from bigray.errors import StorageError
 from bigray.paths import RunPaths
 from bigray.specs import TrialSpec
-from bigray.storage import MANIFEST, commit_folder, read_folder
+from bigray.storage import MANIFEST, read_files, read_manifest
 from bigray.training.commands import TrialState
+from bigray.training.sharded import Shard
+from bigray.training.tensor_files import StateDict, check_tensor_file, unpack_tensors
 
 if TYPE_CHECKING:
     import torch
 
-StateDict = dict[str, "torch.Tensor"]
-KEPT_CHECKPOINTS = 2
+__all__ = [
+    "FORMAT",
+    "PROGRESS",
+    "Checkpoint",
+    "Progress",
+    "Snapshot",
+    "SnapshotBuffers",
+    "StateDict",
+    "committed_steps",
+    "load_checkpoint",
+    "pack_optimizer",
+    "read_checkpoint",
+    "unpack_optimizer",
+]
+
+FORMAT = 2
+"""Of the folder; in its manifest. A higher number is a newer bigray's."""
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,16 @@ class Progress:
     best_metrics: dict[str, float] = field(default_factory=dict)
     validations_since_best: int = 0
     improvements: tuple[tuple[int, float], ...] = ()
+    samples_lost: int = 0
+    """Over all complete epochs, in whatever attempt they were trained; as `samples_repeated`."""
+    samples_repeated: int = 0
+    rollbacks: int = 0
+    """Times the trial went back because of a NaN or an infinity."""
+    lr_scale: float = 1.0
+    """What the roll-backs left of the learning rate."""
+    epoch_loss_sum: float = 0.0
+    """Of the current epoch so far, so that a resumed epoch reports the loss of all its batches."""
+    epoch_samples: int = 0
 
     def to_state(self) -> TrialState:
         return TrialState(
@@ -55,127 +85,202 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What is saved and loaded. The tensors are serialised, so that rank 0 can send it to the others as it is."""
+class Snapshot:
+    """A trial's state as copies that no training step touches (rank 0; with fsdp every rank)."""
 
     progress: Progress
-    model: bytes
-    optimizer: bytes
-    best: bytes | None
-    """None where the best epoch is this one, or none was validated."""
-
-    @property
-    def best_weights(self) -> bytes:
-        return self.model if self.best is None else self.best
+    tensors: Mapping[str, StateDict]
+    """Stem of the file -> its tensors: "model", "optimizer", "best" (absent where the best step is this one), ..."""
+    shard: Shard | None = None
+    """Set where each rank writes a part."""
 
 
-def save_checkpoint(paths: RunPaths, trial: TrialSpec, attempt: int, checkpoint: Checkpoint) -> str:
-    """Commit a checkpoint, drop all but the newest `KEPT_CHECKPOINTS` committed ones; returns its folder (rank 0).
+class SnapshotBuffers:
+    """Memory of one snapshot, allocated at its first use and used again for the next (worker).
 
-    What has a higher step goes too: the trial went back behind it, so it did not verify.
+    Fresh memory costs a page fault for each 4 KiB, more than the copy itself. From a GPU the copy goes to pinned
+    memory, which the device writes by itself.
     """
-    folder = paths.checkpoint(trial.trial_id, checkpoint.progress.step)
-    files = {
-        "model.safetensors": checkpoint.model,
-        "optimizer.safetensors": checkpoint.optimizer,
-        "progress.json": json.dumps(asdict(checkpoint.progress)).encode(),
-    }
-    if checkpoint.best is not None:
-        files["best.safetensors"] = checkpoint.best
-    manifest = {"step": checkpoint.progress.step, "attempt": attempt, "config_hash": trial.config_hash}
-    paths.storage.delete_folder(folder)
-    commit_folder(paths.storage, folder, files, manifest)
-    steps = paths.checkpoint_steps(trial.trial_id)
-    usable = [s for s in steps if s <= checkpoint.progress.step and _is_committed(paths, trial, s)]
-    for step in set(steps) - set(usable[:KEPT_CHECKPOINTS]):
-        paths.storage.delete_folder(paths.checkpoint(trial.trial_id, step))
-    return folder
+
+    def __init__(self) -> None:
+        self._held: dict[str, StateDict] = {}
+
+    def copy(self, stem: str, tensors: Mapping[str, torch.Tensor]) -> StateDict:
+        """The tensors' values, on the CPU and contiguous; valid until the next `copy` under this stem."""
+        import torch
+
+        held = self._held.get(stem, {})
+        copies = {name: _buffer_like(tensor, held.get(name)) for name, tensor in tensors.items()}
+        self._held[stem] = copies
+        if copies:
+            sources = [tensor.detach() for tensor in tensors.values()]
+            torch._foreach_copy_(list(copies.values()), sources, non_blocking=True)
+            for device in {tensor.device for tensor in sources if tensor.is_cuda}:
+                torch.cuda.current_stream(device).synchronize()
+        return dict(copies)
+
+
+def _buffer_like(tensor: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+    import torch
+
+    if held is not None and (held.shape, held.dtype) == (tensor.shape, tensor.dtype):
+        return held
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was loaded, verified. The tensors are still bytes, so that rank 0 can send it to the others as it is."""
+
+    progress: Progress
+    files: Mapping[str, bytes]
+    """Names such as "model.safetensors" -> content; of a sharded checkpoint the parts (`sharded.JoinedTensors`)."""
+    is_record: bool = False
+    """Only the progress was kept, the weights are gone: an ended trial that was not among the best."""
+    place: str = field(default="", compare=False)
+    """Its folder, for messages."""
+
+    def tensors(self, stem: str) -> StateDict | None:
+        """The tensors of one file, with memory of their own; None where the checkpoint has no such file.
+
+        Raises:
+            StorageError: only the record of this trial was kept.
+        """
+        self._check_has_weights()
+        data = self.files.get(f"{stem}.safetensors")
+        return None if data is None else unpack_tensors(data)
+
+    def best_file(self) -> str:
+        """Stem of the weights of the best epoch, averaged ones where the trial averages.
+
+        Raises:
+            StorageError: only the record of this trial was kept.
+        """
+        self._check_has_weights()
+        if "best.safetensors" in self.files:
+            return "best"
+        return "ema" if any(name.startswith("ema") for name in self.files) else "model"
+
+    def _check_has_weights(self) -> None:
+        if self.is_record:
+            raise StorageError(
+                f"{self.place}: expected weights, found only the record: this trial ended and was not among the best; "
+                f"raise keep.best and train it in a new run"
+            )
 
 
 def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None (rank 0).
+    """The newest checkpoint that is whole and of this trial, or None where none was ever committed (rank 0).
 
-    A damaged one is skipped with a warning. One without a manifest was never finished and is passed over in silence,
-    as is one that other settings made.
+    Newest is the highest step, whatever clocks say. Where a newer one is damaged, or not of this trial, `warn` gets one
+    line. One without a manifest was never finished and is passed over in silence.
+
+    Raises:
+        StorageError: there are checkpoints and none can be used: starting from scratch in silence would lose them. The
+            line is about the newest.
     """
-    for step in paths.checkpoint_steps(trial.trial_id):
-        folder = paths.checkpoint(trial.trial_id, step)
-        if not _is_committed(paths, trial, step):
-            continue
+    faults: list[StorageError] = []
+    for step in committed_steps(paths, trial.trial_id):
         try:
-            committed = read_folder(paths.storage, folder)
+            checkpoint = read_checkpoint(paths, trial, step)
         except StorageError as error:
-            warn(f"{error}; going back to the checkpoint before it")
+            faults.append(error)
             continue
-        if committed.manifest.get("config_hash") == trial.config_hash:
-            return _from_files(committed.files)
+        if faults:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            warn(f"{faults[0]}{more}; going back to the checkpoint of step {step:,}")
+        return checkpoint
+    if faults:
+        folder = f"{paths.storage.uri}/{paths.trial(trial.trial_id)}"
+        raise StorageError(
+            f"{faults[0]}; no checkpoint of this trial can be used ({len(faults)} there): bring the files back, or "
+            f"remove {folder} to train it from the start"
+        ) from faults[0]
     return None
 
 
-def _is_committed(paths: RunPaths, trial: TrialSpec, step: int) -> bool:
-    return paths.storage.exists(f"{paths.checkpoint(trial.trial_id, step)}/{MANIFEST}")
+def committed_steps(paths: RunPaths, trial_id: str) -> list[int]:
+    """Steps with a committed checkpoint, newest first."""
+    steps = paths.checkpoint_steps(trial_id)
+    return [step for step in steps if paths.storage.exists(f"{paths.checkpoint(trial_id, step)}/{MANIFEST}")]
 
 
-def _from_files(files: dict[str, bytes]) -> Checkpoint:
-    return Checkpoint(
-        progress=_progress_from_json(files["progress.json"]),
-        model=files["model.safetensors"],
-        optimizer=files["optimizer.safetensors"],
-        best=files.get("best.safetensors"),
-    )
+def read_checkpoint(paths: RunPaths, trial: TrialSpec, step: int) -> Checkpoint:
+    """The committed checkpoint of one step.
+
+    Raises:
+        StorageError: it is damaged, of another model or settings, or of a newer bigray; one line with the file, what
+            was expected and what was found.
+    """
+    folder = paths.checkpoint(trial.trial_id, step)
+    place = f"{paths.storage.uri}/{folder}"
+    manifest = read_manifest(paths.storage, folder)
+    _check_manifest(manifest, trial, step, f"{place}/{MANIFEST}")
+    files = read_files(paths.storage, folder, manifest)
+    progress = _progress_from_json(files.pop(PROGRESS), f"{place}/{PROGRESS}")
+    if progress.step != step:
+        raise StorageError(f"{place}/{PROGRESS}: expected step {step}, found {progress.step}")
+    for name, data in files.items():
+        if name.endswith(".safetensors"):
+            check_tensor_file(data, f"{place}/{name}")
+    return Checkpoint(progress, files, bool(manifest.get("record")), place)
 
 
-def _progress_from_json(data: bytes) -> Progress:
-    document = json.loads(data)
-    document["improvements"] = tuple((epoch, value) for epoch, value in document.get("improvements", ()))
-    return Progress(**document)
+def _check_manifest(manifest: Mapping[str, Any], trial: TrialSpec, step: int, place: str) -> None:
+    written = manifest.get("format")
+    if not isinstance(written, int) or not 1 <= written <= FORMAT:
+        newer = "; a newer bigray wrote it" if isinstance(written, int) and written > FORMAT else ""
+        raise StorageError(f"{place}: expected format {FORMAT} or lower, found {written}{newer}")
+    if manifest.get("step") != step:
+        raise StorageError(f"{place}: expected step {step}, found {manifest.get('step')}")
+    if (found := manifest.get("config_hash")) != trial.config_hash:
+        raise StorageError(f"{place}: of another model or settings, expected {trial.config_hash}, found {found}")
+    if PROGRESS not in manifest["files"]:
+        raise StorageError(f"{place}: expected {PROGRESS} among its files, found none")
+    if not manifest.get("record") and len(manifest["files"]) < 2:
+        raise StorageError(f"{place}: expected files of weights, found none")
 
 
-def pack_weights(weights: StateDict) -> bytes:
-    """A module's state dict -> safetensors. Tied weights are written once for each of their names."""
-    import safetensors.torch
-
-    packed: bytes = safetensors.torch.save(_without_sharing(weights))
-    return packed
-
-
-def _without_sharing(weights: StateDict) -> StateDict:
-    """On the CPU, each with memory of its own: safetensors refuses tensors that share it."""
-    seen: set[int] = set()
-    own: StateDict = {}
-    for name, tensor in weights.items():
-        tensor = tensor.contiguous().cpu()
-        address = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return own
+def _progress_from_json(data: bytes, place: str) -> Progress:
+    try:
+        document = json.loads(data)
+        document["improvements"] = tuple((epoch, value) for epoch, value in document.get("improvements", ()))
+        unknown = set(document) - {known.name for known in fields(Progress)}
+        if unknown:
+            raise ValueError(f"unknown '{min(unknown)}'")
+        return Progress(**document)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"{place}: not a trial's progress: {error}") from error
 
 
-def unpack_weights(data: bytes) -> StateDict:
-    """Safetensors -> state dict on the CPU."""
-    import safetensors.torch
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> StateDict:
+    """Optimizer state, each tensor named `<parameter number>.<slot>`. Its settings are the trial's.
 
-    weights: StateDict = safetensors.torch.load(data)
-    return weights
+    The tensors are the live ones.
 
+    Raises:
+        StorageError: the optimizer keeps something that is no tensor.
+    """
+    import torch
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> bytes:
-    """Optimizer state -> safetensors, each tensor named `<parameter number>.<slot>`. Its settings are the trial's."""
-    slots = {}
+    slots: StateDict = {}
     for number, state in optimizer.state_dict()["state"].items():
         for slot, value in state.items():
-            if value is not None:  # SGD keeps an empty momentum buffer where it has no momentum
+            if isinstance(value, torch.Tensor):
                 slots[f"{number}.{slot}"] = value
-    return pack_weights(slots)
+            elif value is not None:  # SGD keeps an empty momentum buffer where it has no momentum
+                kind = type(value).__name__
+                raise StorageError(f"optimizer state '{slot}': expected a tensor, found a {kind}; it cannot be saved")
+    return slots
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, data: bytes) -> None:
-    """Load what `pack_optimizer` made into an optimizer of the same settings and parameters."""
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: StateDict) -> None:
+    """Load what `pack_optimizer` gave into an optimizer of the same settings and parameters."""
     import torch
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for name, tensor in unpack_weights(data).items():
+    for name, tensor in tensors.items():
         number, slot = name.split(".", 1)
         parameter = parameters[int(number)]
         if tensor.shape == parameter.shape:  # in the parameter's own memory layout, which fused optimizers rely on

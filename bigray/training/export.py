@@ -18,7 +18,9 @@ from bigray.errors import StorageError
 from bigray.models import build_model
 from bigray.paths import BUNDLE, RunPaths
 from bigray.specs import TrialSpec
-from bigray.training.checkpoint import load_checkpoint, unpack_weights
+from bigray.training.checkpoint import load_checkpoint
+from bigray.training.sharded import JoinedTensors
+from bigray.training.tensor_files import pack_tensors
 
 CHECKED_ROWS = 256
 TOLERANCE = 1e-4
@@ -46,13 +48,13 @@ def export_bundle(paths: RunPaths, trial: TrialSpec, manifest: BundleManifest, s
             f"{paths.storage.uri}/{paths.trial(trial.trial_id)}: its checkpoint holds the best weights of step "
             f"{checkpoint.progress.best_step:,}, not of step {manifest.origin.step:,}, which won; run it again"
         )
-    weights = checkpoint.best_weights
+    weights = dict(JoinedTensors(checkpoint.files, checkpoint.best_file(), checkpoint.place))
     module = build_model(
         trial.model.factory, trial.model.params, manifest.inputs.input_shape, manifest.outputs.num_outputs
     )
-    module.load_state_dict(unpack_weights(weights))
+    module.load_state_dict(weights)
     onnx, why_no_onnx = _export_onnx(module.eval(), sample[:CHECKED_ROWS])
-    save_bundle(paths.storage, BUNDLE, manifest, weights, onnx)
+    save_bundle(paths.storage, BUNDLE, manifest, pack_tensors(weights), onnx)
     return Exported(paths.bundle.uri, why_no_onnx)
 
 

@@ -12,6 +12,7 @@ from bigray.errors import (
     ClusterError,
     CorruptFile,
     DeployError,
+    DiskFull,
     SpecError,
     StorageError,
     TrainingFailed,
@@ -26,6 +27,8 @@ EXAMPLES = [
     TrainingFailed("trial 3: ValueError: boom"),
     StorageError("runs: cannot write"),
     CorruptFile("runs/a.safetensors", "aa", "bb"),
+    CorruptFile("runs/a.safetensors", "12", "no file", what="size"),
+    DiskFull("runs: cannot write: No space left on device; free some, then run the same command again"),
     ClusterError("10.0.0.1:6379: nobody answers"),
     DeployError("not healthy"),
 ]
@@ -56,6 +59,7 @@ def test_every_error_of_the_tree_is_among_the_examples() -> None:
         (TrainingFailed, 3),
         (StorageError, 4),
         (CorruptFile, 4),
+        (DiskFull, 4),
         (ClusterError, 5),
         (DeployError, 6),
     ],
@@ -73,6 +77,10 @@ def test_every_fault_of_a_spec_gets_its_own_line() -> None:
 
 def test_a_corrupt_file_is_named_with_both_hashes() -> None:
     assert str(CorruptFile("a.bin", "11", "22")) == "a.bin: corrupt, expected sha256 11, found 22"
+
+
+def test_a_file_of_another_size_is_named_with_both_sizes() -> None:
+    assert str(CorruptFile("a.bin", "11", "9", what="size")) == "a.bin: corrupt, expected size 11, found 9"
 
 
 def test_a_near_miss_is_suggested() -> None:

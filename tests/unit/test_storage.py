@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
-from bigray.errors import CorruptFile, StorageError
-from bigray.storage import MANIFEST, Storage, commit_folder, open_storage, read_folder, sha256
+from bigray.errors import CorruptFile, DiskFull, StorageError
+from bigray.storage import (
+    MANIFEST,
+    Content,
+    Storage,
+    Written,
+    commit_folder,
+    open_storage,
+    read_folder,
+    read_manifest,
+    remove_leftovers,
+    sha256,
+)
 
 FILES = {"weights.bin": bytes(range(256)) * 4, "optimizer.bin": b"m" * 512, "progress.json": b"{}"}
 
@@ -53,7 +65,13 @@ def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [_flip_one_bit, _truncate, _empty])
+def _zero_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[512:] = bytes(len(data) - 512)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_flip_one_bit, _zero_page])
 def test_changed_bytes_are_told_with_the_file_and_both_hashes(
     committed: Storage, damage: Callable[[Path], None]
 ) -> None:
@@ -69,6 +87,16 @@ def test_changed_bytes_are_told_with_the_file_and_both_hashes(
     assert sha256(path.read_bytes()) in message
 
 
+@pytest.mark.parametrize(("damage", "found"), [(_truncate, 1023), (_empty, 0)])
+def test_a_file_cut_short_is_told_with_both_sizes(
+    committed: Storage, damage: Callable[[Path], None], found: int
+) -> None:
+    damage(_path(committed, "weights.bin"))
+
+    with pytest.raises(CorruptFile, match=rf"ckpt/weights\.bin: corrupt, expected size 1024, found {found}$"):
+        read_folder(committed, "ckpt")
+
+
 def test_two_files_in_each_others_place_are_told_apart(committed: Storage) -> None:
     first, second = _path(committed, "optimizer.bin"), _path(committed, "weights.bin")
     first_bytes = first.read_bytes()
@@ -78,18 +106,29 @@ def test_two_files_in_each_others_place_are_told_apart(committed: Storage) -> No
     with pytest.raises(CorruptFile, match=r"ckpt/(optimizer|weights)\.bin") as caught:
         read_folder(committed, "ckpt")
 
-    hashes = {sha256(FILES["optimizer.bin"]), sha256(FILES["weights.bin"])}
-    assert {caught.value.expected, caught.value.actual} == hashes
+    assert {caught.value.expected, caught.value.actual} == {"512", "1024"}
 
 
 def test_a_deleted_file_is_named(committed: Storage) -> None:
     _path(committed, "optimizer.bin").unlink()
 
-    with pytest.raises(StorageError, match=r"ckpt/optimizer\.bin: cannot read"):
+    with pytest.raises(CorruptFile, match=r"ckpt/optimizer\.bin: corrupt, expected size 512, found no file"):
         read_folder(committed, "ckpt")
 
 
-@pytest.mark.parametrize("text", ["", "not json", "[]", "{}", '{"files": 3}', '{"files": {"a": "b"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "not json",
+        "[]",
+        "{}",
+        '{"files": 3}',
+        '{"files": {"a": "b"}}',
+        "[" * 100_000,
+        '{"files": {"a": {"size": 1}}}',
+    ],
+)
 def test_a_manifest_that_is_not_one_is_named(committed: Storage, text: str) -> None:
     _path(committed, MANIFEST).write_text(text)
 
@@ -107,13 +146,13 @@ def test_a_manifest_cut_in_half_is_named(committed: Storage) -> None:
 
 def test_the_manifest_is_written_after_every_file_it_names(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    write_bytes = Storage.write_bytes
+    write_file = Storage.write_file
 
-    def recording(self: Storage, path: str, data: bytes) -> None:
+    def recording(self: Storage, path: str, content: Content) -> Written:
         names.append(path)
-        write_bytes(self, path, data)
+        return write_file(self, path, content)
 
-    monkeypatch.setattr(Storage, "write_bytes", recording)
+    monkeypatch.setattr(Storage, "write_file", recording)
     commit_folder(storage, "ckpt", FILES, {})
 
     assert names[-1] == f"ckpt/{MANIFEST}"
@@ -135,6 +174,84 @@ def test_a_failing_write_leaves_the_old_content_and_nothing_else(
 
     assert storage.read_bytes("notes/a.txt") == b"old"
     assert storage.list_names("notes") == ["a.txt"]
+
+
+def test_content_in_pieces_is_one_file_hashed_on_the_way(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigray.storage.CHUNK_BYTES", 3)
+
+    written = storage.write_file("a", iter([b"01234567", memoryview(b"89"), b""]))
+
+    assert storage.read_bytes("a") == b"0123456789"
+    assert written == Written(10, sha256(b"0123456789"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_an_error_of_its_own_with_the_way_out(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+    with pytest.raises(DiskFull, match=r"/a: cannot write: .*; free some, then run the same command again$"):
+        storage.write_bytes("a", b"new")
+
+
+def _tokens(storage: Storage) -> set[str]:
+    return set(storage.list_names("ckpt")) - {MANIFEST}
+
+
+def test_a_folder_committed_again_is_the_old_one_until_its_manifest_is_replaced(storage: Storage) -> None:
+    commit_folder(storage, "ckpt", {"a.bin": b"old"}, {}, token="1")
+    seen: list[bytes] = []
+
+    def look() -> None:
+        seen.append(read_folder(storage, "ckpt").files["a.bin"])
+
+    commit_folder(storage, "ckpt", {"a.bin": b"new"}, {}, token="2", before_commit=look)
+
+    assert seen == [b"old"]
+    assert read_folder(storage, "ckpt").files == {"a.bin": b"new"}
+    assert _tokens(storage) == {"a-1.bin", "a-2.bin"}
+
+
+def test_what_the_manifest_does_not_name_is_removed_as_left_over(storage: Storage) -> None:
+    commit_folder(storage, "ckpt", {"a.bin": b"old"}, {}, token="1")
+    commit_folder(storage, "ckpt", {"a.bin": b"new"}, {}, token="2")
+    storage.write_bytes("ckpt/.a.bin.77.tmp", b"half")
+
+    remove_leftovers(storage, "ckpt", read_manifest(storage, "ckpt"))
+
+    assert _tokens(storage) == {"a-2.bin"}
+    assert read_folder(storage, "ckpt").files == {"a.bin": b"new"}
+
+
+def test_who_may_not_commit_leaves_the_folder_as_it_was(storage: Storage) -> None:
+    commit_folder(storage, "ckpt", {"a.bin": b"old"}, {}, token="1")
+
+    def refuse() -> None:
+        raise StorageError("attempt 3 has taken over")
+
+    with pytest.raises(StorageError, match="taken over"):
+        commit_folder(storage, "ckpt", {"a.bin": b"new"}, {}, token="2", before_commit=refuse)
+
+    assert read_folder(storage, "ckpt").files == {"a.bin": b"old"}
+
+
+def test_a_commit_for_which_the_disk_is_too_small_gives_its_space_back(
+    storage: Storage,
+) -> None:
+    commit_folder(storage, "ckpt", {"a.bin": b"old"}, {}, token="1")
+
+    def too_much() -> Iterator[bytes]:
+        yield b"some"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFull, match=r"ckpt/b-2\.bin"):
+        commit_folder(storage, "ckpt", {"a.bin": b"new", "b.bin": too_much()}, {}, token="2")
+
+    assert _tokens(storage) == {"a-1.bin"}
 
 
 def test_who_is_reading_a_file_while_it_is_written_again_sees_the_old_content_whole(storage: Storage) -> None:
@@ -225,6 +342,15 @@ def test_a_file_is_created_once(storage: Storage) -> None:
     assert storage.create("new/a")
     assert not storage.create("new/a")
     assert storage.read_bytes("new/a") == b""
+
+
+def test_a_manifest_that_stores_a_file_outside_its_folder_is_refused(committed: Storage) -> None:
+    committed.write_bytes("secret", b"s")
+    document = {"files": {"a": {"sha256": sha256(b"s"), "size": 1, "stored": "../secret"}}}
+    _path(committed, MANIFEST).write_text(json.dumps(document))
+
+    with pytest.raises(StorageError, match=r"ckpt/manifest\.json: names a file outside its folder"):
+        read_folder(committed, "ckpt")
 
 
 @pytest.mark.parametrize("name", ["../secret", "..", "a/b", "/etc/hostname", "..\\secret"])

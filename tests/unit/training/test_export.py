@@ -21,8 +21,10 @@ from bigray.models import build_model
 from bigray.paths import RunPaths
 from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
 from bigray.storage import open_storage
-from bigray.training.checkpoint import Checkpoint, Progress, pack_weights, save_checkpoint, unpack_weights
+from bigray.training.checkpoint import Progress
+from bigray.training.checkpoint_writer import save_checkpoint, trim_trial
 from bigray.training.export import TOLERANCE, Exported, _export_onnx, export_bundle
+from bigray.training.tensor_files import pack_tensors, unpack_tensors
 
 ROWS = np.random.default_rng(0).normal(size=(64, 8, 8)).astype(np.float32)
 
@@ -64,14 +66,10 @@ def _manifest(trial: TrialSpec) -> BundleManifest:
 def _export(paths: RunPaths, trial: TrialSpec) -> tuple[Exported, bytes, bytes]:
     """Save a checkpoint whose best weights are not its last ones, and export; also returns both weights."""
     best, last = (
-        pack_weights(build_model(trial.model.factory, {**trial.model.params}, (8, 8), 3).state_dict()) for _ in range(2)
+        pack_tensors(build_model(trial.model.factory, {**trial.model.params}, (8, 8), 3).state_dict()) for _ in range(2)
     )
-    save_checkpoint(
-        paths,
-        trial,
-        1,
-        Checkpoint(Progress(epoch=3, step=15, best_epoch=2, best_step=10), last, pack_weights({}), best),
-    )
+    files = {"model.safetensors": last, "best.safetensors": best}
+    save_checkpoint(paths, trial, 1, Progress(epoch=3, step=15, best_epoch=2, best_step=10), files)
     return export_bundle(paths, trial, _manifest(trial), ROWS), best, last
 
 
@@ -97,7 +95,7 @@ def test_the_onnx_model_answers_as_the_module_does_for_any_number_of_rows(
 ) -> None:
     bundle, _ = exported
     module = build_model(bundle.manifest.factory.factory, bundle.manifest.factory.params, (8, 8), 3).eval()
-    module.load_state_dict(unpack_weights(bundle.weights))
+    module.load_state_dict(unpack_tensors(bundle.weights))
     predictor = Predictor(bundle)
 
     with torch.inference_mode():
@@ -155,6 +153,29 @@ def test_a_trial_without_a_checkpoint_cannot_be_exported(paths: RunPaths) -> Non
 
     with pytest.raises(StorageError, match="trials/0-net: no checkpoint to export"):
         export_bundle(paths, trial, _manifest(trial), ROWS)
+
+
+def test_a_trial_of_which_only_the_record_was_kept_cannot_be_exported(paths: RunPaths) -> None:
+    trial = _trial("bigray.models:mlp", {})
+    save_checkpoint(paths, trial, 1, Progress(step=10, best_step=10), {"model.safetensors": pack_tensors({})})
+    trim_trial(paths, trial.trial_id, 1)
+
+    with pytest.raises(StorageError, match="ckpt-0000000010: expected weights, found only the record"):
+        export_bundle(paths, trial, _manifest(trial), ROWS)
+
+
+def test_averaged_weights_are_what_is_exported_where_there_are_some(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigray.training.export._export_onnx", lambda *_: (None, "not asked"))
+    trial = _trial("bigray.models:mlp", {})
+    last, averaged = (pack_tensors(build_model(trial.model.factory, {}, (8, 8), 3).state_dict()) for _ in range(2))
+    files = {"model.safetensors": last, "ema.safetensors": averaged}
+    save_checkpoint(paths, trial, 1, Progress(step=10, best_step=10), files)
+
+    result = export_bundle(paths, trial, _manifest(trial), ROWS)
+
+    assert ModelBundle.load(result.uri).weights == averaged != last
 
 
 def _onnx_of(operator: str) -> bytes:
