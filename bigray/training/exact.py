@@ -114,7 +114,7 @@ class ExactGradients:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._shards = [shards_of_rank(logical_shards, r, world_size) for r in range(world_size)]
-        self._rank, self._group = rank, group
+        self._rank, self._world_size, self._group = rank, world_size, group
         self._state = _ModuleState(module, device)
         subtrees = [whole_subtrees(shards, logical_shards) for shards in self._shards]
         single = [range(shard, shard + 1) for shard in self._shards[rank]]
@@ -139,11 +139,10 @@ class ExactGradients:
         more = torch.zeros((max(0, num_more), self._state.row_length), dtype=self._state.dtype, device=device)
         self._rows = self._own.rows + [self._state.views(row) for row in more]
 
-        self._received = torch.zeros((0, 0), dtype=torch.uint8, device=device)
-        self._parts = [self._own]
+        self._received, self._parts = self._sent, [self._own]  # alone, what is sent is what is received
         if world_size > 1:
-            self._received = torch.zeros((world_size, len(self._sent)), dtype=torch.uint8, device=device)
-            self._parts = [make_parts(memory) for memory in self._received]
+            self._received = torch.zeros(world_size * len(self._sent), dtype=torch.uint8, device=device)
+            self._parts = [make_parts(memory) for memory in self._received.view(world_size, -1)]
         self._subtrees = [
             row for parts, nodes in zip(self._parts, subtrees, strict=True) for row in parts.rows[: len(nodes)]
         ]
@@ -160,8 +159,8 @@ class ExactGradients:
         already divided by what the whole global batch is divided by; it must be a function of the shard alone, so it
         seeds what it draws. It returns sums over the shard's rows, such as of the loss: (num_sums,).
 
-        Returns these sums over all shards, (num_sums,) float64 on the device. `.grad` and they lie in memory that the
-        next step uses again.
+        Returns these sums over all shards, (num_sums,) float64 on the device. `.grad` lies in memory that the next step
+        uses again.
         """
         own, shards = self._own, self.shards_of_rank()
         num_rows = sum(rows_of_shards)
@@ -183,8 +182,8 @@ class ExactGradients:
                 yield row.flat
 
         tree_sum(compute_shards(), self._additions)
-        if len(self._received):
-            dist.all_gather_into_tensor(self._received, self._sent, group=self._group)
+        if self._world_size > 1:
+            _all_gather(self._received, self._sent, self._group)
             tree_sum((row.flat for row in self._subtrees), self._last_additions)
         first_rank = next(rank for rank, shards in enumerate(self._shards) if first_shard in shards)
         self._state.give(self._subtrees[0], self._parts[first_rank].others)
@@ -257,9 +256,10 @@ class _ModuleState:
                 found.append(parameter.grad)
                 places.append(place)
         _copy(places, found)
-        _copy(row.buffers, [slot.now for slot in self._floats])
-        unchanged = row.flat_buffers == self._before.flat_buffers  # an infinity, as in a mask, less itself would be NaN
-        row.flat_buffers.sub_(self._before.flat_buffers).mul_(share).masked_fill_(unchanged, 0.0)
+        if self._floats:
+            _copy(row.buffers, [slot.now for slot in self._floats])
+            unchanged = row.flat_buffers == self._before.flat_buffers  # infinity less itself, as in a mask, is NaN
+            row.flat_buffers.sub_(self._before.flat_buffers).mul_(share).masked_fill_(unchanged, 0.0)
 
     @torch.no_grad()
     def take_others(self, others: list[torch.Tensor]) -> None:
@@ -307,6 +307,11 @@ def _buffer_slots(module: nn.Module) -> list[_BufferSlot]:
         if tensor is not None
     }
     return list(slots.values())
+
+
+def _all_gather(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(received, sent, group=group)
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
