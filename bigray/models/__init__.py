@@ -7,5 +7,6 @@ from bigray.models.cnn import cnn
 from bigray.models.linear import linear
 from bigray.models.mlp import mlp
 from bigray.models.resolve import build_model, load_factory
+from bigray.models.transformer import transformer
 
-__all__ = ["build_model", "cnn", "linear", "load_factory", "mlp"]
+__all__ = ["build_model", "cnn", "linear", "load_factory", "mlp", "transformer"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigray.errors import SpecError, did_you_mean
+from bigray.storage import sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +34,14 @@ def load_factory(path: str) -> Callable[..., Any]:
         callables = [n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n))]
         raise SpecError(f"'{path}': '{module_name}' has no callable '{name}'{did_you_mean(name, callables)}")
     return found  # type: ignore[no-any-return]
+
+
+def code_hash(path: str) -> str | None:
+    """Hash of the file a user's callable is in: changed code is another run. None for bigray's own."""
+    if path.startswith("bigray."):
+        return None
+    source = inspect.getsourcefile(load_factory(path))
+    return sha256(Path(source).read_bytes())[:12] if source else None
 
 
 def build_model(factory: str, params: Mapping[str, Any], input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
