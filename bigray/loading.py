@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from bigray.data.sources import check_source
 from bigray.errors import SpecError, StorageError, did_you_mean
 from bigray.models.resolve import load_factory
 from bigray.presets import find_preset
-from bigray.specs import JobSpec, SearchSpec, TrainingSpec, unknown_metric
+from bigray.specs import IMPORT_PATH, JobSpec, SearchSpec, TrainingSpec, unknown_metric
 from bigray.storage import open_storage
 
 SpecType = TypeVar("SpecType", bound=BaseModel)
@@ -55,13 +56,17 @@ def load_search(path: str | Path, job: JobSpec | None = None) -> SearchSpec:
 
 def _reference_faults(document: dict[str, Any]) -> Iterable[str]:
     """What the file points to and is not there. Read from the raw document, so that it is told beside other faults."""
-    data, models = document.get("data"), document.get("models")
+    data, models, training = document.get("data"), document.get("models"), document.get("training")
     references: list[tuple[str, Any, Callable[[str], object]]] = []
     if isinstance(data, dict):
         references.append(("data.source", data.get("source"), check_source))
     if isinstance(models, dict):
         factories = [(name, model.get("factory")) for name, model in models.items() if isinstance(model, dict)]
         references += [(f"models.{name}.factory", path, load_factory) for name, path in factories]
+    if isinstance(training, dict):
+        # what is not of this form is a name, or a fault of its own
+        own = [key for key in ("task", "loop") if re.fullmatch(IMPORT_PATH, str(training.get(key)))]
+        references += [(f"training.{key}", training[key], load_factory) for key in own]
     references.append(("storage", document.get("storage", "runs"), lambda uri: open_storage(uri).check_writable()))
     for place, reference, check in references:
         if isinstance(reference, str):
@@ -72,7 +77,8 @@ def _reference_faults(document: dict[str, Any]) -> Iterable[str]:
 
 
 def _search_faults(search: SearchSpec, job: JobSpec | None) -> Iterable[str]:
-    allowed = sorted(set(TrainingSpec.model_fields) - {"task", "metric", "checkpoint_every_s"})
+    fixed = {"task", "targets", "loop", "metric", "metric_mode", "checkpoint_every_s"}
+    allowed = sorted(set(TrainingSpec.model_fields) - fixed)
     for key, values in search.space.items():
         if key not in allowed:
             yield f"space.{key}: not a training setting{did_you_mean(key, allowed)}"

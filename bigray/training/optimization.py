@@ -44,8 +44,8 @@ def make_optimizer(spec: TrainingSpec, module: nn.Module) -> torch.optim.Optimiz
         SpecError: an argument the optimizer does not take, or a group whose pattern matches no parameter.
         TrainingFailed: the module has nothing to train.
     """
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    faults = [*optimizer_faults(spec), *group_faults(spec.param_groups, list(named))]
+    named = _trainable(module)
+    faults = [*optimizer_faults(spec), *group_faults(spec.param_groups, module)]
     if faults:
         raise SpecError(faults)
     if not named:
@@ -76,9 +76,10 @@ def optimizer_faults(spec: TrainingSpec) -> list[str]:
     return faults or _refused_values(spec)
 
 
-def group_faults(groups: Sequence[ParamGroupSpec], names: Sequence[str]) -> list[str]:
-    """A line for each parameter group that none of a module's trainable parameters would be in."""
-    faults, free = [], list(names)
+def group_faults(groups: Sequence[ParamGroupSpec], module: nn.Module) -> list[str]:
+    """A line for each parameter group that none of the module's trainable parameters would be in."""
+    names = list(_trainable(module))
+    faults, free = [], names
     for number, group in enumerate(groups):
         place = f"training.param_groups.{number}.match: '{group.match}'"
         if not fnmatch.filter(names, group.match):
@@ -213,6 +214,10 @@ def load_scaler(scaler: torch.amp.GradScaler, tensors: StateDict) -> None:
     if tensors and scaler.is_enabled():
         restored = {"scale": tensors["scale"].item(), "_growth_tracker": int(tensors["growth_tracker"].item())}
         scaler.load_state_dict({**scaler.state_dict(), **restored})
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _optimizer_class(spec: TrainingSpec) -> Any:

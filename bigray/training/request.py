@@ -5,15 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from bigray.data.batches import steps_per_epoch
 from bigray.data.dataset import Dataset, prepare_dataset
 from bigray.errors import SpecError
-from bigray.models import build_model, cnn, load_factory
+from bigray.models import build_model, cnn, load_factory, transformer
 from bigray.models.cnn import check_images
-from bigray.specs import JobSpec, TrialSpec, digest
-from bigray.storage import sha256
+from bigray.models.resolve import code_hash
+from bigray.models.transformer import check_tokens
+from bigray.specs import METRICS, JobSpec, ModelSpec, TrainingSpec, TrialSpec, digest
+from bigray.training.tasks import class_weight_faults, load_own_task, metric_collection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_HAVE_MOMENTUM = ("sgd", "rmsprop")
+_CHOOSY = ("adafactor", "rprop")
+"""Optimizers that lack weight decay, or cannot be sharded."""
 
 
 @dataclass(frozen=True)
@@ -33,54 +42,122 @@ class RunRequest:
             **self.job.fixed_by(),
             "search": self.search,
             "rows": self.dataset.fingerprint,
-            "code": {name: _code_hash(model.factory) for name, model in self.job.models.items()},
+            "code": {name: code_hash(model.factory) for name, model in self.job.models.items()},
+            "training_code": {path: code_hash(path) for path in _own_code(self.job.training)},
         }
         return f"{self.job.name}-{digest(decided_by)[:6]}"
 
 
-def _code_hash(factory: str) -> str | None:
-    """Hash of the file a user's factory is in: another model under the same name is another run. None for bigray's."""
-    if factory.startswith("bigray."):
-        return None
-    source = inspect.getsourcefile(load_factory(factory))
-    return sha256(Path(source).read_bytes())[:12] if source else None
+def _own_code(training: TrainingSpec) -> list[str]:
+    """Import paths of the user's task and loop, where the job has them."""
+    task = None if training.task in METRICS else training.task
+    return [path for path in (task, training.loop) if path is not None]
 
 
 def make_request(job: JobSpec, trials: Sequence[TrialSpec], search: dict[str, Any] | None = None) -> RunRequest:
     """Prepare the data and check that every trial can use it.
 
     Raises:
-        SpecError: with one line for each fault of the data, the batch sizes and the models.
+        SpecError: with one line for each fault of the data, the models, the task, the loop and the other settings.
     """
     dataset = prepare_dataset(job.data, job.training.target_kind)
-    faults = [*_batch_faults(trials, dataset), *_model_faults(job, dataset)]
+    faults = [
+        *_batch_faults(trials, dataset),
+        *_model_faults(job, trials, dataset),
+        *_code_faults(trials, dataset.outputs.num_outputs),
+        *_setting_faults(trials, dataset),
+    ]
     if faults:
-        raise SpecError(faults)
+        raise SpecError(list(dict.fromkeys(faults)))  # trials that share a setting share its fault
     return RunRequest(job, tuple(trials), dataset, search)
 
 
 def _batch_faults(trials: Sequence[TrialSpec], dataset: Dataset) -> Iterable[str]:
     rows = dataset.num_rows["train"]
-    sizes = {trial.training.global_batch_size for trial in trials} - {"auto"}
-    for size in sorted(cast("set[int]", sizes)):
+    sizes = sorted(cast("set[int]", {trial.training.global_batch_size for trial in trials} - {"auto"}))
+    for size in sizes:
         if size > rows:
             yield f"training.global_batch_size: {size} is more than the {rows} training rows"
+    for trial in trials:
+        micro = trial.training.micro_batch_size
+        if micro is not None and sizes and micro > sizes[-1]:
+            yield f"training.micro_batch_size: {micro} is more than the {sizes[-1]} rows of a global batch"
 
 
-def _model_faults(job: JobSpec, dataset: Dataset) -> Iterable[str]:
+def _model_faults(job: JobSpec, trials: Sequence[TrialSpec], dataset: Dataset) -> Iterable[str]:
     shape, num_outputs = dataset.inputs.input_shape, dataset.outputs.num_outputs
     for name, model in job.models.items():
+        grouped = [t.training for t in trials if t.model_name == name and t.training.param_groups]
+        is_ours = model.factory.startswith("bigray.models:")
         try:
-            if model.factory.startswith("bigray.models:"):
-                # ours return modules: checking the parameters alone spares the seconds that importing torch takes
-                factory = load_factory(model.factory)
-                given = inspect.signature(factory).bind(shape, num_outputs, **model.params)
-                given.apply_defaults()
-                if factory is cnn:
-                    check_images(shape, given.arguments["channels"])
-            else:
-                build_model(model.factory, model.params, shape, num_outputs)
+            if is_ours:
+                _check_ours(model, shape, num_outputs)
+            # ours return modules: checking the parameters alone spares the seconds that importing torch takes
+            if grouped or not is_ours:
+                module = build_model(model.factory, model.params, shape, num_outputs)
+                for training in grouped:
+                    yield from (f"{fault} (model '{name}')" for fault in _group_faults(training, module))
         except SpecError as error:
             yield f"models.{name}.factory: {error}"
         except TypeError as error:
             yield f"models.{name}.params: '{model.factory}': {error}"
+
+
+def _check_ours(model: ModelSpec, shape: tuple[int, ...], num_outputs: int) -> None:
+    factory = load_factory(model.factory)
+    given = inspect.signature(factory).bind(shape, num_outputs, **model.params)
+    given.apply_defaults()
+    if factory is cnn:
+        check_images(shape, given.arguments["channels"])
+    elif factory is transformer:
+        check_tokens(**{name: given.arguments[name] for name in inspect.signature(check_tokens).parameters})
+
+
+def _group_faults(training: TrainingSpec, module: nn.Module) -> list[str]:
+    from bigray.training.optimization import group_faults
+
+    return group_faults(training.param_groups, module)
+
+
+def _code_faults(trials: Sequence[TrialSpec], num_outputs: int) -> Iterable[str]:
+    """What is wrong with a task or a loop of one's own. A search cannot vary them, so the first trial's are all."""
+    training = trials[0].training
+    if training.loop is not None:
+        try:
+            load_factory(training.loop)
+        except SpecError as error:
+            yield f"training.loop: {error}"
+    if training.task in METRICS:
+        return
+    try:
+        metrics = metric_collection(load_own_task(training.task, num_outputs), num_outputs)
+    except SpecError as error:
+        yield from error.faults
+        return
+    reported = sorted({*metrics.keys(), "val_loss"})
+    if training.loop is None and training.selection_metric not in reported:
+        metric = training.selection_metric
+        yield f"training.metric: '{metric}' is not one that '{training.task}' reports: {', '.join(reported)}"
+
+
+def _setting_faults(trials: Sequence[TrialSpec], dataset: Dataset) -> Iterable[str]:
+    for training in (trial.training for trial in trials):
+        yield from class_weight_faults(training, dataset.outputs.num_outputs)
+        if _only_torch_can_tell(training):
+            from bigray.training.optimization import optimizer_faults
+
+            yield from optimizer_faults(training)
+        warmup = training.schedule.warmup_steps
+        if warmup and training.global_batch_size != "auto":
+            steps = training.epochs * steps_per_epoch(dataset.num_rows["train"], training.batch_size)
+            if warmup >= steps:
+                yield f"training.schedule.warmup_steps: {warmup} steps, but the whole trial has {steps}"
+
+
+def _only_torch_can_tell(training: TrainingSpec) -> bool:
+    """Whether the optimizer might refuse its settings. The usual ones are known, which spares importing torch here."""
+    return (
+        bool(training.optimizer_params)
+        or training.optimizer in _CHOOSY
+        or (training.momentum > 0 and training.optimizer not in _HAVE_MOMENTUM)
+    )

@@ -155,6 +155,27 @@ def test_a_factory_whose_module_is_absent_is_told(write_job: WriteJob) -> None:
     assert "models.net.factory: 'no_such_package.models:mlp': cannot import" in fault
 
 
+def test_a_task_and_a_loop_that_are_not_there_are_told_beside_other_faults(write_job: WriteJob) -> None:
+    path = write_job(
+        ('task = "classification"', 'task = "no_such_package:Task"\nloop = "bigray.models:trian"'),
+        ("lr = 3e-3", "lr = -1"),
+    )
+    faults = [fault.removeprefix(f"{path}: ") for fault in _faults(path)]
+
+    assert any(fault.startswith("training.lr: should be greater than 0") for fault in faults)
+    assert any(fault.startswith("training.task: 'no_such_package:Task': cannot import") for fault in faults)
+    assert any(
+        fault.startswith("training.loop: 'bigray.models:trian': 'bigray.models' has no callable") for fault in faults
+    )
+
+
+@pytest.mark.parametrize("key", ["task", "loop"])
+def test_a_task_or_loop_that_is_no_import_path_is_told_once(write_job: WriteJob, key: str) -> None:
+    (fault,) = _faults(write_job(), (f"training.{key}=my_package.module",))
+
+    assert f"job.toml: training.{key}: " in fault
+
+
 def test_a_source_that_is_not_there_is_told(write_job: WriteJob) -> None:
     (fault,) = _faults(write_job(("rows.csv", "row.csv")))
 
