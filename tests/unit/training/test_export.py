@@ -122,6 +122,18 @@ def test_a_bundle_is_safetensors_onnx_and_json_and_nothing_else(exported: tuple[
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "model.onnx", "weights.safetensors"}
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_transformer_is_exported_for_any_number_of_rows(causal: bool) -> None:
+    """The export itself compares 1, 3 and all rows with the module."""
+    params = {"width": 8, "depth": 1, "heads": 2, "dropout": 0.1, "causal": causal}
+    module = build_model("bigray.models:transformer", params, (8, 8), 3).eval()
+
+    model, why_no_onnx = _export_onnx(module, ROWS)
+
+    assert why_no_onnx is None
+    assert model is not None
+
+
 def test_a_module_that_cannot_be_exported_gives_a_bundle_without_onnx_and_says_why(
     paths: RunPaths, user_module: Callable[[str], str]
 ) -> None:

@@ -97,12 +97,22 @@ def test_a_users_own_model_is_built_to_see_whether_it_takes_the_data(
         request_of(models={"net": {"factory": f"{name}:make"}})
 
 
+@pytest.mark.parametrize(
+    ("model", "fault"),
+    [
+        ({"factory": "bigray.models:cnn"}, "cnn: expected images"),
+        (
+            {"factory": "bigray.models:transformer", "params": {"width": 30, "heads": 4}},
+            "transformer: width 30 cannot be cut into 4 heads",
+        ),
+    ],
+)
 def test_one_of_bigrays_own_models_that_cannot_take_the_data_is_told_too(
-    request_of: Callable[..., RunRequest],
+    request_of: Callable[..., RunRequest], model: dict[str, Any], fault: str
 ) -> None:
     """A cnn on a table of numbers: told before anything starts, not by a worker."""
-    with pytest.raises(SpecError, match=r"models\.net\.factory: .*cnn: expected images"):
-        request_of(models={"net": {"factory": "bigray.models:cnn"}})
+    with pytest.raises(SpecError, match=rf"models\.net\.factory: .*{fault}"):
+        request_of(models={"net": model})
 
 
 OWN_CODE = """
