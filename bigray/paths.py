@@ -4,7 +4,11 @@
   run.json                      what was asked for, seeds, versions, git revision, data fingerprint
   journal/<attempt>.jsonl       append-only events of each attempt
   trials/<trial>/ckpt-<step>/   committed checkpoints
+  trials/<trial>/batch_size.json   what global_batch_size = "auto" came to
   bundle/                       the exported winner
+
+<storage>/.bigray/              what the runs share
+  micro_batches/<key>.json      largest micro-batch of a model on a kind of device
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from bigray.storage import Storage
 RUN_FILE = "run.json"
 JOURNAL = "journal"
 BUNDLE = "bundle"
+SHARED = ".bigray"
 _CHECKPOINT = re.compile(r"ckpt-(\d{10})")
 _ATTEMPT = re.compile(r"(\d{4,})\.jsonl")
 
@@ -33,6 +38,21 @@ class RunPaths:
     @property
     def bundle(self) -> Storage:
         return self.storage.child(BUNDLE)
+
+    @property
+    def shared(self) -> Storage:
+        """Beside the runs: what they share. No run has this name, they all end in a hash."""
+        folder, uri = self.storage.root.rpartition("/")[0], self.storage.uri.rpartition("/")[0]
+        return Storage(self.storage.filesystem, folder, uri or ".").child(SHARED)
+
+    @staticmethod
+    def micro_batch_file(key: str) -> str:
+        """In `shared`."""
+        return f"micro_batches/{key}.json"
+
+    @staticmethod
+    def batch_size_file(trial_id: str) -> str:
+        return f"{RunPaths.trial(trial_id)}/batch_size.json"
 
     @staticmethod
     def trial(trial_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigray.errors import SpecError, did_you_mean
-from bigray.storage import sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,7 @@ def code_hash(path: str) -> str | None:
     if path.startswith("bigray."):
         return None
     source = inspect.getsourcefile(load_factory(path))
-    return sha256(Path(source).read_bytes())[:12] if source else None
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12] if source else None
 
 
 def build_model(factory: str, params: Mapping[str, Any], input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigray.training import memory
+from bigray.training.memory import HostMemory, host_memory, peak_growth_bytes, resident_bytes, shown
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A machine of 16 GiB, 12 of them free, whose processes are in no group."""
+    write(tmp_path / "proc/meminfo", f"MemTotal: {16 * GIB // 1024} kB\nMemAvailable: {12 * GIB // 1024} kB\n")
+    write(tmp_path / "proc/self/cgroup", "")
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_without_a_limit_the_machine_counts(root: Path) -> None:
+    assert host_memory(root) == HostMemory(16 * GIB, 12 * GIB)
+
+
+def test_a_containers_limit_counts_and_its_file_cache_is_free(root: Path) -> None:
+    group = root / "sys/fs/cgroup"
+    write(root / "proc/self/cgroup", "0::/\n")
+    write(group / "memory.max", f"{4 * GIB}\n")
+    write(group / "memory.current", f"{3 * GIB}\n")
+    write(group / "memory.stat", f"anon {2 * GIB}\ninactive_file {1 * GIB}\n")
+
+    assert host_memory(root) == HostMemory(4 * GIB, 2 * GIB)
+
+
+def test_the_tightest_of_nested_groups_counts(root: Path) -> None:
+    write(root / "proc/self/cgroup", "0::/user/job\n")
+    for name, limit in (("user", 2 * GIB), ("user/job", "max")):
+        write(root / "sys/fs/cgroup" / name / "memory.max", f"{limit}\n")
+        write(root / "sys/fs/cgroup" / name / "memory.current", f"{1 * GIB}\n")
+        write(root / "sys/fs/cgroup" / name / "memory.stat", "inactive_file 0\n")
+
+    assert host_memory(root) == HostMemory(2 * GIB, 1 * GIB)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2 * GIB, 2 * GIB), (9223372036854771712, 16 * GIB)])
+def test_version_1_of_cgroups_is_read_too_and_its_word_for_no_limit_known(
+    root: Path, limit: int, expected: int
+) -> None:
+    group = root / "sys/fs/cgroup/memory/job"
+    write(root / "proc/self/cgroup", "4:memory:/job\n1:cpu:/job\n")
+    write(group / "memory.limit_in_bytes", f"{limit}\n")
+    write(group / "memory.usage_in_bytes", "0\n")
+    write(group / "memory.stat", "total_inactive_file 0\n")
+
+    assert host_memory(root).limit_bytes == expected
+
+
+@pytest.mark.parametrize("may_reset", [True, False])
+def test_the_peak_of_a_piece_of_work_is_seen_also_when_it_is_over(
+    may_reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not may_reset:
+        monkeypatch.setattr(memory, "_reset_high_water_mark", lambda: False)
+
+    def work() -> None:
+        for _ in range(5):  # long enough for a thread that looks now and then
+            torch.ones(64 * MIB, dtype=torch.uint8)
+
+    growth = peak_growth_bytes(work, resident_bytes())
+
+    assert 60 * MIB < growth < 80 * MIB
+    assert peak_growth_bytes(lambda: None, resident_bytes()) < 8 * MIB
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (-5.0, "0 B"), (999, "999 B"), (1_500_000, "1.5 MB"), (2.5e10, "25 GB")],
+)
+def test_bytes_are_shown_short(num_bytes: float, text: str) -> None:
+    assert shown(num_bytes) == text
