@@ -27,17 +27,26 @@ def global_batch(order: IndexArray, batch: int, global_batch_size: int) -> Index
 
 
 def worker_share(rows: IndexArray, rank: int, world_size: int) -> IndexArray:
-    """The part of a global batch (or of the validation rows) that one worker computes; may be empty."""
-    return rows[rank::world_size]
+    """The part of a global batch that one worker computes; empty for the last ones where the batch is small.
+
+    No part is a single row where that can be helped: batch norm cannot normalise one.
+    """
+    num_parts = max(1, min(world_size, len(rows) // 2))
+    return rows[rank::num_parts] if rank < num_parts else rows[:0]
 
 
-def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
-    """Seed of the random numbers drawn inside one step (dropout) on one rank.
+def rows_of_shard(rows: IndexArray, shard: int, logical_shards: int) -> IndexArray:
+    """The part of a global batch in one logical shard, whichever worker computes it; cut as for workers."""
+    return worker_share(rows, shard, logical_shards)
 
-    Seeding every step makes the generator's state a function of the cursor, so a checkpoint need not hold it.
+
+def step_seed(seed: int, *place: int) -> int:
+    """Seed of the random numbers (dropout) drawn at one place: epoch, batch, rank or logical shard, micro-batch.
+
+    Seeding every place makes the generator's state a function of the cursor, so a checkpoint need not hold it.
     """
     state = 0
-    for part in (seed, epoch, batch, rank):
+    for part in (seed, *place):
         state = _mix(state ^ part)
     return state >> 1  # torch takes 63 bits
 

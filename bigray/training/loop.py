@@ -1,41 +1,48 @@
-"""The DDP training loop of one trial on one worker.
+"""The training loop of one trial on one worker.
 
 Exactness: the rows of a step are a function of (seed, epoch, batch); each worker computes its share, and gradients are
 averaged by sample, so any number of workers takes the same step (design: exactness; Goyal et al. 2017, arXiv
-1706.02677, section 2.2 for losses under data parallelism).
+1706.02677, section 2.2 for losses under data parallelism). With `exact` the shares are logical shards and the order of
+additions is fixed too (`bigray.training.exact`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from numpy.typing import NDArray
 
-from bigray.data.batches import epoch_order, global_batch, step_seed, steps_per_epoch, worker_share
+from bigray.data.batches import (
+    IndexArray,
+    epoch_order,
+    global_batch,
+    rows_of_shard,
+    step_seed,
+    steps_per_epoch,
+    worker_share,
+)
 from bigray.data.dataset import TrainingArrays
 from bigray.errors import TrainingFailed
-from bigray.models import build_model
 from bigray.specs import TrialSpec
-from bigray.training.checkpoint import (
-    Checkpoint,
-    Progress,
-    StateDict,
-    pack_optimizer,
-    pack_weights,
-    unpack_optimizer,
-    unpack_weights,
-)
-from bigray.training.tasks import make_metrics, summed_loss, to_predictions
-
-EVALUATION_ROWS = 4096
-"""Rows of one forward pass in validation; bounds memory, does not change results."""
+from bigray.training import fsdp
+from bigray.training.batchnorm import uncounted_rows
+from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict
+from bigray.training.commands import Wish
+from bigray.training.exact import ExactGradients
+from bigray.training.optimization import lr_factor
+from bigray.training.replica import Replica, seed_generator
+from bigray.training.samples import Counts, SampleLedger, lost_and_repeated
+from bigray.training.sharded import JoinedTensors, Shard
+from bigray.training.tasks import load_task, sample_losses, total_weight
+from bigray.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -47,252 +54,391 @@ class Worker:
     device: torch.device
 
 
-class _Clock:
-    """Says once every `interval_s` that it is time."""
+class LoopHooks(Protocol):
+    """What the loop tells and asks of the process it runs in."""
 
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s, self._last = interval_s, time.monotonic()
+    def tick(self, phase: str) -> None:
+        """This rank begins "forward", "backward", "step" or "validation". Cheap: called several times a step."""
 
-    def is_due(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < self._interval_s:
-            return False
-        self._last = now
-        return True
+    def exchange(self, step: int) -> Wish:
+        """After each optimizer step, on every rank; the answer is the same on all."""
+
+    def on_epoch(self, report: dict[str, Any]) -> None:
+        """An epoch is complete, or the trial has ended inside it (rank 0)."""
+
+    def on_checkpoint(self, take: Callable[[SnapshotBuffers], Snapshot]) -> None:
+        """Have a checkpoint made; `take` is called before this returns (rank 0; with fsdp every rank)."""
+
+    def restore_last(self) -> Checkpoint | None:
+        """The newest good checkpoint of the trial, on every rank; collective."""
+
+    def warn(self, text: str) -> None:
+        """Tell the user a line (rank 0)."""
 
 
 class TrialTraining:
-    """One trial in this worker's memory: module, optimizer and progress.
+    """One trial in this worker's memory: the model's replica and the progress.
 
-    Every rank makes the same calls in the same order. Only rank 0 keeps the best weights and makes checkpoints.
+    Every rank makes the same calls in the same order. Only rank 0 keeps the best weights and makes checkpoints; with
+    fsdp every rank writes its part.
     """
 
-    def __init__(self, trial: TrialSpec, data: TrainingArrays, num_outputs: int, worker: Worker) -> None:
-        self.trial, self.data, self.worker = trial, data, worker
-        self.progress = Progress()
-        self.best_weights: StateDict | None = None
-        self._num_outputs = num_outputs
-        _seed(worker.device, trial.seed)
-        self.module = build_model(trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs).to(
-            worker.device
-        )
-        self._replica = _wrap(self.module, worker)
-        self._optimizer = _make_optimizer(trial, self.module)
-        self._metrics = make_metrics(trial.training.target_kind, num_outputs).to(worker.device)
-
-    def train_to(
-        self, until_epoch: int, on_epoch: Callable[[dict[str, Any]], None], on_checkpoint: Callable[[Checkpoint], None]
+    def __init__(
+        self, trial: TrialSpec, data: TrainingArrays, num_outputs: int, worker: Worker, hooks: LoopHooks
     ) -> None:
-        """Train until `until_epoch` epochs are complete, or the trial ends before.
-
-        `on_epoch` gets each epoch's report and `on_checkpoint` each timed checkpoint, both on rank 0 only.
-        """
-        spec, worker = self.trial.training, self.worker
-        num_rows = len(self.data.x_train)
-        num_steps = steps_per_epoch(num_rows, spec.batch_size)
-        clock = _Clock(spec.checkpoint_every_s)
-
-        while self.progress.ended is None and self.progress.epoch < until_epoch:
-            started, first_batch = time.perf_counter(), self.progress.batch
-            epoch = self.progress.epoch
-            order = epoch_order(self.trial.seed, epoch, num_rows)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
-            num_samples = 0
-            self._replica.train()
-            for batch in range(first_batch, num_steps):
-                rows = global_batch(order, batch, spec.batch_size)
-                share = worker_share(rows, worker.rank, worker.world_size)
-                _seed(worker.device, step_seed(self.trial.seed, epoch, batch, worker.rank))
-                if len(share):
-                    loss = self._summed_loss(self._replica, share)
-                else:  # a rank without samples still takes part in the gradient average
-                    loss = self._summed_loss(self._replica, rows[:1]) * 0.0
-                # DDP divides by the world size; this makes it the mean over the samples of the global batch
-                (loss * (worker.world_size / len(rows))).backward()  # type: ignore[no-untyped-call]
-                self._optimizer.step()
-                self._optimizer.zero_grad(set_to_none=True)
-                loss_sum += loss.detach()
-                num_samples += len(rows)
-                self.progress = replace(self.progress, batch=batch + 1, step=self.progress.step + 1)
-                # the last step's checkpoint waits for the validation that belongs to it
-                if worker.rank == 0 and batch + 1 < num_steps and clock.is_due():
-                    on_checkpoint(self.to_checkpoint())
-
-            _sum_over_ranks(loss_sum, worker)
-            train_seconds = time.perf_counter() - started
-            train_loss = float(loss_sum) / num_samples
-            self._end_epoch(train_loss)
-            if worker.rank == 0 and self.progress.ended is None and clock.is_due():
-                on_checkpoint(self.to_checkpoint())
-            if worker.rank == 0:
-                on_epoch(
-                    {
-                        "epoch": self.progress.epoch,
-                        "step": self.progress.step,
-                        "train_loss": train_loss,
-                        "samples_per_s": num_samples / train_seconds,
-                        "epoch_s": time.perf_counter() - started,
-                        "metrics": self.progress.metrics,
-                        "best_epoch": self.progress.best_epoch,
-                        "best_metrics": self.progress.best_metrics,
-                        "ended": self.progress.ended,
-                    }
-                )
-
-    def evaluate(self) -> dict[str, float]:
-        """Validation metrics of the current weights, over all ranks; the same dict on each."""
-        task, worker = self.trial.training.target_kind, self.worker
-        rows = np.arange(len(self.data.x_val), dtype=np.int64)
-        share = worker_share(rows, worker.rank, worker.world_size)
-        loss = torch.zeros((), dtype=torch.float64, device=worker.device)
-        self._metrics.reset()
-        if worker.world_size > 1:  # the checkpoint holds rank 0's BatchNorm statistics: validate those, on every rank
-            for buffer in self.module.buffers():
-                dist.broadcast(buffer, src=0)
-        self.module.eval()
-        with torch.inference_mode():
-            for start in range(0, len(share), EVALUATION_ROWS):
-                x, y = self._load(self.data.x_val, self.data.y_val, share[start : start + EVALUATION_ROWS])
-                outputs = self._forward(self.module, x)
-                loss += summed_loss(task, outputs, y)
-                self._metrics.update(to_predictions(task, outputs), y)
-        self._sum_metrics_over_ranks(loss)
-        values = {name: float(value) for name, value in self._metrics.compute().items()}
-        return {"val_loss": float(loss) / len(rows), **values}
-
-    def to_checkpoint(self) -> Checkpoint:
-        """Everything needed to go on from here (rank 0)."""
-        best_is_older = self.best_weights is not None and self.progress.best_step != self.progress.step
-        return Checkpoint(
-            progress=self.progress,
-            model=pack_weights(self.module.state_dict()),
-            optimizer=pack_optimizer(self._optimizer),
-            best=pack_weights(self.best_weights) if best_is_older and self.best_weights is not None else None,
+        self.trial, self.data, self.worker, self.hooks = trial, data, worker, hooks
+        self._spec = spec = trial.training
+        self._weights_seed, self._order_seed, self._steps_seed = (
+            trial.seed if seed is None else seed for seed in (spec.seeds.weights, spec.seeds.order, spec.seeds.steps)
         )
+        self._num_rows, self._num_outputs = len(data.x_train), num_outputs
+        self._steps_per_epoch = steps_per_epoch(self._num_rows, spec.batch_size)
+        self._task = load_task(spec, num_outputs, data.y_train)
+        self._validation = Validation(self._task, num_outputs, data, worker.device)
+        self._begin()
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint of the same trial (every rank)."""
-        self.module.load_state_dict(unpack_weights(checkpoint.model))
-        unpack_optimizer(self._optimizer, checkpoint.optimizer)
-        self.progress = checkpoint.progress
-        if self.progress.best_metrics and self.worker.rank == 0:
-            self.best_weights = unpack_weights(checkpoint.best_weights)
+    def _begin(self) -> None:
+        """A trial that has taken no step."""
+        self._replica = Replica(
+            self.trial, self.data.x_train.shape[1:], self._num_outputs, self._weights_seed, self.worker
+        )
+        self._record, self._batch, self._step = Progress(), 0, 0
+        self.best_weights: StateDict | None = None
+        # of this epoch so far: what this rank has counted, with `exact` the losses of all ranks
+        self._ledger = SampleLedger(self._num_rows)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.worker.device)
+        self._weight_sum = 0.0
+        # what only all ranks together know, as of the last `_agree_on_totals`
+        self._samples: Counts | None = None
+        self._shard: Shard | None = None
 
-    def _end_epoch(self, train_loss: float) -> None:
-        """Validate where it is due, remember the best weights, decide whether the trial has ended (every rank)."""
-        spec = self.trial.training
-        after = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
-        if not math.isfinite(train_loss):  # summed over ranks, so all of them see it
-            self.progress = replace(after, ended="diverged", metrics={})
-            return
-        is_last = after.epoch >= spec.epochs
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model, not wrapped."""
+        return self._replica.module
+
+    @property
+    def progress(self) -> Progress:
+        """The cursor. Inside an epoch its loss so far is that of the last checkpoint."""
+        now: Progress = replace(self._record, batch=self._batch, step=self._step)
+        return now
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether a step cut short by the loss of a peer may have changed the state: `restore` then, after `rebuild`.
+
+        Batch norm counts a batch in its forward pass, before the step is sure to be taken; and with fsdp a part of the
+        weights is lost with its rank.
+        """
+        return self._replica.is_sharded or any(buffer.is_floating_point() for buffer in self.module.buffers())
+
+    def train_to(self, until_epoch: int) -> None:
+        """Train until `until_epoch` epochs are complete, the trial ends before, or the hooks wish to stop.
+
+        Returns with everything agreed that a `snapshot` of this moment needs.
+        """
+        self._replica.connect()
+        while self._record.ended is None and self._record.epoch < until_epoch:
+            if not self._train_epoch():
+                break
+        self._agree_on_totals()
+
+    def _train_epoch(self) -> bool:
+        """From the cursor to the end of the epoch; False where a stop was wished before that."""
+        spec, replica = self._spec, self._replica
+        started, num_samples, save_at_end = time.perf_counter(), 0, False
+        order = epoch_order(self._order_seed, self._record.epoch, self._num_rows)
+        replica.train()
+        for batch in range(self._batch, self._steps_per_epoch):
+            rows = global_batch(order, batch, spec.batch_size)
+            weight = total_weight(self._task, self.data.y_train[rows])
+            if replica.exact is None:
+                loss = self._gradients(batch, rows, weight)
+            else:
+                loss = self._exact_gradients(replica.exact, batch, rows, weight)
+            self.hooks.tick("step")
+            rate = lr_factor(spec.schedule, self._step, spec.epochs * self._steps_per_epoch)
+            fault = replica.take_step(loss, rate * self._record.lr_scale)
+            if fault is not None:
+                self._on_non_finite(f"step {self._step + 1}: {fault} is not finite")
+                return True
+            self._ledger.commit()
+            self._loss_sum += loss
+            self._weight_sum += weight
+            num_samples += len(rows)
+            self._batch, self._step = batch + 1, self._step + 1
+
+            wish = self.hooks.exchange(self._step)
+            # the last step's checkpoint waits for the validation that belongs to it; who must go waits for nothing
+            save_at_end = wish.save and self._batch == self._steps_per_epoch
+            if wish.save and (wish.stop or not save_at_end):
+                self._save()
+            if wish.stop:
+                return False
+        self._end_epoch(num_samples, started)
+        if save_at_end and self._record.ended is None:
+            self._save()
+        return True
+
+    def _gradients(self, batch: int, rows: IndexArray, weight: float) -> torch.Tensor:
+        """Leave the gradient of the global batch in `.grad`; returns the summed losses of this rank's share."""
+        worker, most = self.worker, self._spec.micro_batch_size
+        share = worker_share(rows, worker.rank, worker.world_size)
+        # the ranks' gradients are averaged; this makes it the mean over the global batch
+        scale = worker.world_size / weight
+        num_passes = 1
+        if most is not None:  # from the largest share: all ranks make as many forward passes, some talk in them
+            num_passes = math.ceil(len(worker_share(rows, 0, worker.world_size)) / most)
+        if num_passes == 1:
+            return self._pass(share, rows, scale, batch, worker.rank, 0)
+        loss = torch.zeros((), dtype=torch.float64, device=worker.device)
+        for micro, part in enumerate(np.array_split(share, num_passes)):
+            is_last = micro == num_passes - 1
+            with contextlib.nullcontext() if is_last else self._replica.unsynchronised():
+                loss += self._pass(part, rows, scale, batch, worker.rank, micro)
+        return loss
+
+    def _exact_gradients(self, exact: ExactGradients, batch: int, rows: IndexArray, weight: float) -> torch.Tensor:
+        """As `_gradients`, in the same bits at any number of workers; returns the losses of the whole batch."""
+        num_shards = self._spec.logical_shards
+        shards = [rows_of_shard(rows, shard, num_shards) for shard in range(num_shards)]
+
+        def compute(shard: int) -> torch.Tensor:
+            num_passes = math.ceil(len(shards[shard]) / (self._spec.micro_batch_size or len(rows)))
+            parts = [shards[shard]] if num_passes == 1 else np.array_split(shards[shard], num_passes)
+            losses = [self._pass(part, rows, 1 / weight, batch, shard, micro) for micro, part in enumerate(parts)]
+            return torch.stack(losses).sum(dim=0, keepdim=True)
+
+        return exact.step(compute, [len(shard) for shard in shards])[0]
+
+    def _pass(
+        self, rows: IndexArray, batch_rows: IndexArray, scale: float, batch: int, part: int, micro: int
+    ) -> torch.Tensor:
+        """Forward and backward over some rows of a global batch; returns their summed losses (float64 scalar)."""
+        if not len(rows):  # whoever has no rows still takes part in what the others do together
+            with uncounted_rows(self.module):
+                return self._pass(batch_rows[:2], batch_rows, 0.0, batch, part, micro) * 0.0
+        if scale:
+            self._ledger.load(rows)
+        self.hooks.tick("forward")
+        seed_generator(self.worker.device, step_seed(self._steps_seed, self._record.epoch, batch, part, micro))
+        x, y = self._load(self.data.x_train, rows), self._load(self.data.y_train, rows)
+
+        def compute_loss(outputs: torch.Tensor) -> torch.Tensor:
+            loss = sample_losses(self._task, outputs, y).sum()
+            self.hooks.tick("backward")
+            return loss
+
+        return self._replica.forward_and_backward(x, compute_loss, scale).double()
+
+    def _end_epoch(self, num_samples: int, started: float) -> None:
+        """Add up what the ranks counted, validate where it is due, decide whether the trial has ended, and report."""
+        spec = self._spec
+        train_s = time.perf_counter() - started
+        train_loss = float(self._total_loss()) / total_weight(self._task, self.data.y_train)
+        lost, repeated = lost_and_repeated(self._ledger.total(self.worker))
+        after = replace(
+            self._record,
+            epoch=self._record.epoch + 1,
+            samples_lost=self._record.samples_lost + lost,
+            samples_repeated=self._record.samples_repeated + repeated,
+            epoch_loss_sum=0.0,
+            epoch_samples=0,
+        )
+        is_last, fault = after.epoch >= spec.epochs, None
         if is_last or after.epoch % spec.val_every == 0:
-            after = self._record_validation(after, self.evaluate())
+            metrics = self.evaluate()
+            fault = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+            after = self._record_validation(after, metrics) if fault is None else after
         if is_last:
             after = replace(after, ended="finished")
         elif spec.patience is not None and after.validations_since_best >= spec.patience:
             after = replace(after, ended="stopped early")
-        self.progress = after
+        self._record, self._batch = after, 0
+        self._ledger.reset()
+        self._loss_sum.zero_()
+        self._weight_sum = 0.0
+        if fault is not None:
+            self._on_non_finite(f"step {self._step}: {fault} is not finite")
+        else:
+            self._report(train_loss, num_samples / train_s, time.perf_counter() - started)
 
     def _record_validation(self, progress: Progress, metrics: dict[str, float]) -> Progress:
-        if not all(math.isfinite(value) for value in metrics.values()):
-            return replace(progress, ended="diverged", metrics={})
         progress = replace(progress, metrics=metrics)
         if not self._is_better(metrics, progress.best_metrics):
             return replace(progress, validations_since_best=progress.validations_since_best + 1)
-        if self.worker.rank == 0:
-            self.best_weights = {name: t.detach().cpu().clone() for name, t in self.module.state_dict().items()}
+        self.best_weights = self._replica.weights_to_keep()
         return replace(
             progress,
             best_epoch=progress.epoch,
-            best_step=progress.step,
+            best_step=self._step,
             best_metrics=metrics,
             validations_since_best=0,
-            improvements=(*progress.improvements, (progress.epoch, metrics[self.trial.training.selection_metric])),
+            improvements=(*progress.improvements, (progress.epoch, metrics[self._spec.selection_metric])),
         )
 
     def _is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
         """By the selection metric, and by the loss where that is equal (small validation sets tie often)."""
+        name = self._spec.selection_metric
+        if name not in metrics:
+            raise TrainingFailed(
+                f"training.metric: '{name}' is not reported by task '{self._spec.task}'; it has {', '.join(metrics)}"
+            )
         if not best:
             return True
-        spec = self.trial.training
-        sign = 1.0 if spec.selection_mode == "max" else -1.0
-        now, then = sign * metrics[spec.selection_metric], sign * best[spec.selection_metric]
+        sign = 1.0 if self._spec.selection_mode == "max" else -1.0
+        now, then = sign * metrics[name], sign * best[name]
         return now > then or (now == then and metrics["val_loss"] < best["val_loss"])
 
-    def _sum_metrics_over_ranks(self, loss: torch.Tensor) -> None:
-        """Add up the loss and the metrics' states over the ranks, in place and in one collective.
-
-        torchmetrics would gather each state by itself: 36 collectives an epoch for what is a sum.
-        """
-        if self.worker.world_size == 1:
+    def _on_non_finite(self, reason: str) -> None:
+        """End the trial as diverged, or go back to the last checkpoint and on from there with a lower rate."""
+        policy, record = self._spec.on_non_finite, self._record
+        self._ledger.discard()
+        self._replica.drop_gradients()
+        if policy.policy == "stop" or record.rollbacks >= policy.max_rollbacks:
+            self._record = replace(record, ended="diverged", metrics={})
+            self._report(math.nan, 0.0, 0.0, reason)
             return
-        metrics = list(self._metrics.values(copy_state=False))
-        states = [(metric, name, value) for metric in metrics for name, value in metric.metric_state.items()]
-        flat = torch.cat([loss.reshape(1), *(value.reshape(-1).double() for _, _, value in states)])
-        dist.all_reduce(flat)
-        loss.copy_(flat[0])
-        sums = torch.split(flat[1:], [value.numel() for _, _, value in states])
-        for (metric, name, value), total in zip(states, sums, strict=True):
-            setattr(metric, name, total.reshape(value.shape).to(value.dtype))
+        checkpoint = self.hooks.restore_last()
+        if checkpoint is None:
+            self._begin()
+            self._replica.connect()
+        else:
+            self.restore(checkpoint)
+        lr_scale = record.lr_scale * policy.lr_factor
+        self._record = replace(self._record, rollbacks=record.rollbacks + 1, lr_scale=lr_scale)
+        if self.worker.rank == 0:
+            self.hooks.warn(f"{reason}; going back to step {self._step} with {lr_scale:g} x the learning rate")
 
-    def _summed_loss(self, network: torch.nn.Module, rows: np.ndarray[Any, Any]) -> torch.Tensor:
-        x, y = self._load(self.data.x_train, self.data.y_train, rows)
-        return summed_loss(self.trial.training.target_kind, self._forward(network, x), y)
-
-    def _forward(self, network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        enabled = self.trial.training.precision == "bf16"
-        with torch.autocast(self.worker.device.type, dtype=torch.bfloat16, enabled=enabled):
-            outputs: torch.Tensor = network(x)
-        if outputs.shape != (len(x), self._num_outputs):
-            raise TrainingFailed(
-                f"model '{self.trial.model_name}': returned shape {tuple(outputs.shape)} for {len(x)} rows, "
-                f"expected {(len(x), self._num_outputs)}"
-            )
-        return outputs
-
-    def _load(
-        self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy rows out of the shared read-only arrays and onto the device."""
-        device = self.worker.device
-        inputs, targets = torch.from_numpy(x[rows]), torch.from_numpy(y[rows])
-        if device.type == "cpu":
-            return inputs, targets
-        return (
-            inputs.pin_memory().to(device, non_blocking=True),
-            targets.pin_memory().to(device, non_blocking=True),
+    def _report(self, train_loss: float, samples_per_s: float, epoch_s: float, reason: str | None = None) -> None:
+        """`samples_per_s` is that of training, `epoch_s` holds validation too; `reason` says why a trial diverged."""
+        if self.worker.rank != 0:
+            return
+        progress = self.progress
+        self.hooks.on_epoch(
+            {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "train_loss": train_loss,
+                "samples_per_s": samples_per_s,
+                "epoch_s": epoch_s,
+                "metrics": progress.metrics,
+                "best_epoch": progress.best_epoch,
+                "best_metrics": progress.best_metrics,
+                "samples_lost": progress.samples_lost,
+                "samples_repeated": progress.samples_repeated,
+                "ended": progress.ended,
+                "reason": reason,
+            }
         )
 
+    def evaluate(self) -> dict[str, float]:
+        """Validation metrics of the current weights, averaged ones where the trial has them; the same on each rank."""
 
-def _wrap(module: torch.nn.Module, worker: Worker) -> torch.nn.Module:
-    has_parameters = any(parameter.requires_grad for parameter in module.parameters())
-    if worker.world_size == 1 or not has_parameters:
-        return module
-    device_ids = [worker.device] if worker.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids)
+        def forward(rows: IndexArray, chunk: int) -> torch.Tensor:
+            self.hooks.tick("validation")
+            seed_generator(self.worker.device, step_seed(self._steps_seed, chunk))
+            return self._replica.predict(self._load(self.data.x_val, rows)).float()
+
+        with self._replica.evaluating():
+            return self._validation.measure(forward, self.worker, same_passes=self._replica.is_sharded)
+
+    def _save(self) -> None:
+        """Have a checkpoint of this moment made (every rank)."""
+        self._agree_on_totals()
+        if self.worker.rank == 0 or self._replica.is_sharded:
+            self.hooks.on_checkpoint(self.snapshot)
+
+    def _agree_on_totals(self) -> None:
+        """What a snapshot holds and only all ranks together know; collective."""
+        self._samples = None
+        if self._batch:
+            loss, num_samples = float(self._total_loss()), len(self._completed_rows())
+            self._record = replace(self._record, epoch_loss_sum=loss, epoch_samples=num_samples)
+            self._samples = self._ledger.total(self.worker)
+        self._shard = fsdp.new_shard(self.worker) if self._replica.is_sharded else None
+
+    def snapshot(self, buffers: SnapshotBuffers) -> Snapshot:
+        """Copies of everything needed to go on from here (rank 0; with fsdp each rank's part).
+
+        No collective: call it in `LoopHooks.on_checkpoint`, or after `train_to` has returned.
+        """
+        tensors = self._replica.state()
+        if self.worker.rank == 0:
+            if self.best_weights is not None and self._record.best_step != self._step:
+                tensors["best"] = self.best_weights
+            if self._samples is not None:
+                tensors["samples"] = {"counts": torch.from_numpy(self._samples)}
+        copies = {stem: buffers.copy(stem, state) for stem, state in tensors.items()}
+        return Snapshot(self.progress, copies, self._shard)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint of the same trial (every rank).
+
+        Raises:
+            StorageError: its tensors are not those of this model.
+        """
+        self._record = checkpoint.progress
+        self._batch, self._step = self._record.batch, self._record.step
+        if checkpoint.is_record:  # of an ended trial: there is nothing to go on with
+            return
+        self._replica.load_state(checkpoint)
+        is_first = self.worker.rank == 0
+        if self._record.best_metrics:
+            self.best_weights = dict(JoinedTensors(checkpoint.files, checkpoint.best_file())) if is_first else {}
+        samples = checkpoint.tensors("samples")
+        self._take_counts(None if samples is None else samples["counts"].numpy())
+        self._loss_sum.fill_(self._record.epoch_loss_sum if is_first or self._spec.exact else 0.0)
+
+    def rebuild(self, worker: Worker) -> None:
+        """Go on in a new process group, of any size, after a worker was lost (every rank that is left).
+
+        Keeps module, optimizer and cursor: a step cut short is taken again. What the lost rank had counted in this
+        epoch went with it. Its rows are in the gradients of every step that the others completed, so all rows of those
+        steps count as taken; the losses it had summed are taken to be like this rank's (with `exact` none is missing).
+        With fsdp a part of the weights is missing: the trial begins anew, and wants a `restore`.
+        """
+        known, self.worker = self._weight_sum, worker
+        if self._replica.is_sharded:
+            self._begin()
+            return
+        self._replica.disconnect(worker)
+        self._take_counts(None)
+        if not self._spec.exact:
+            self._loss_sum *= self._weight_sum / known if known else 0.0
+
+    def _take_counts(self, counts: Counts | None) -> None:
+        """Rank 0 goes on from these counts, or else from all rows of the completed steps; the others from nothing."""
+        done = self._completed_rows()
+        if counts is None:
+            counts = np.zeros(self._num_rows, dtype=np.uint8)
+            counts[done] = 1
+        is_first = self.worker.rank == 0
+        self._ledger.reset(counts if is_first else None)
+        self._weight_sum = total_weight(self._task, self.data.y_train[done]) if is_first else 0.0
+
+    def _completed_rows(self) -> IndexArray:
+        """Rows of the completed steps of this epoch."""
+        order = epoch_order(self._order_seed, self._record.epoch, self._num_rows)
+        return order[: self._batch * self._spec.batch_size]
+
+    def _total_loss(self) -> torch.Tensor:
+        """Summed losses of this epoch so far, over all ranks."""
+        total = self._loss_sum.clone()
+        if self.worker.world_size > 1 and not self._spec.exact:
+            dist.all_reduce(total)
+        return total
+
+    def _load(self, array: NDArray[Any], rows: IndexArray) -> torch.Tensor:
+        """Copy rows out of the shared read-only array and onto the device.
+
+        Into torch's memory, not numpy's: kernels give the same bits at addresses of the same alignment.
+        """
+        tensor = torch.empty((len(rows), *array.shape[1:]), dtype=_DTYPES[array.dtype])
+        np.take(array, rows, axis=0, out=tensor.numpy(), mode="clip")
+        if self.worker.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.worker.device, non_blocking=True)
 
 
-def _make_optimizer(trial: TrialSpec, module: torch.nn.Module) -> torch.optim.Optimizer:
-    spec = trial.training
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    common: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
-    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    extra = {"momentum": spec.momentum} if spec.optimizer == "sgd" else {}
-    made: torch.optim.Optimizer = kinds[spec.optimizer](parameters, **common, **extra)
-    return made
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed the one generator this worker draws from.
-
-    `torch.manual_seed` seeds those of every kind of accelerator, present or not: 1 ms, and a queue entry each time.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-
-
-def _sum_over_ranks(values: torch.Tensor, worker: Worker) -> None:
-    if worker.world_size > 1:
-        dist.all_reduce(values)
+_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.int64): torch.int64}

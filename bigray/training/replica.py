@@ -1,0 +1,270 @@
+"""A worker's copy of the model in training: module, optimizer, averaged weights, loss scale.
+
+Also how its gradients meet those of the other workers: DDP, sharded parameters (`fsdp.py`) or `exact.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from bigray.errors import StorageError, TrainingFailed, last_line
+from bigray.models import build_model
+from bigray.specs import TrialSpec
+from bigray.training import fsdp
+from bigray.training.batchnorm import convert_sync_batchnorm
+from bigray.training.checkpoint import Checkpoint, StateDict, pack_optimizer, unpack_optimizer
+from bigray.training.exact import ExactGradients
+from bigray.training.optimization import (
+    Ema,
+    clip_gradients,
+    first_non_finite,
+    load_scaler,
+    make_optimizer,
+    make_scaler,
+    scaler_state,
+    set_lr,
+)
+from bigray.training.recomputation import recompute_blocks
+
+if TYPE_CHECKING:
+    from bigray.training.loop import Worker
+
+_LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Replica:
+    """Every rank makes the same calls in the same order."""
+
+    exact: ExactGradients | None
+    """Set while connected, where the trial is exact."""
+
+    def __init__(
+        self, trial: TrialSpec, input_shape: tuple[int, ...], num_outputs: int, seed: int, worker: Worker
+    ) -> None:
+        """With fsdp this is collective; otherwise `connect` is the first call that other ranks take part in."""
+        self._trial, self._spec, self._num_outputs, self._worker = trial, trial.training, num_outputs, worker
+        self.is_sharded = self._spec.strategy == "fsdp"
+        seed_generator(worker.device, seed)
+        module = build_model(trial.model.factory, trial.model.params, input_shape, num_outputs)
+        if not self.is_sharded:
+            module = module.to(worker.device)
+        if self._spec.sync_batchnorm:
+            module = convert_sync_batchnorm(module)
+        if self._spec.gradient_checkpointing:
+            recompute_blocks(module)
+        if self.is_sharded:
+            module = fsdp.shard_module(module, worker, self._spec.precision)
+        self.module = module
+        self._network = _compiled(module, trial) if self._spec.compile else module
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._optimizer = make_optimizer(self._spec, module)
+        self._scaler = make_scaler(self._spec.precision, worker.device)
+        self._ema = None if self._spec.ema_decay is None else Ema(module, self._spec.ema_decay)
+        self._wrapped: torch.nn.Module | None = None
+        self.exact = None
+
+    def connect(self) -> None:
+        """Join the process group of now, once. DDP brings all ranks to the weights of rank 0."""
+        if self._wrapped is not None:
+            return
+        spec, worker = self._spec, self._worker
+        self._wrapped = self._network
+        if spec.exact:
+            self.exact = ExactGradients(self.module, spec.logical_shards, worker.rank, worker.world_size, worker.device)
+        elif worker.world_size > 1 and not self.is_sharded:
+            device_ids = [worker.device] if worker.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(self._network, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def disconnect(self, worker: Worker) -> None:
+        """Leave a process group that is no more; `connect` joins the new one as `worker`."""
+        self._worker, self._wrapped, self.exact = worker, None, None
+        self.drop_gradients()
+
+    def train(self) -> None:
+        assert self._wrapped is not None, "connect first"
+        self._wrapped.train()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Validation mode, with the weights that count: averaged ones, and rank 0's batch norm statistics."""
+        if self._worker.world_size > 1 and not self._spec.exact:  # with exact they are equal
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, src=0)
+        self.module.eval()
+        averaged = contextlib.nullcontext() if self._ema is None else self._ema.applied()
+        with averaged, torch.no_grad() if self.is_sharded else torch.inference_mode():
+            yield
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, num_outputs) without gradients, in `evaluating`. Not compiled: it would be compiled once more."""
+        return self._forward(self.module, x)
+
+    def forward_and_backward(
+        self, x: torch.Tensor, compute_loss: Callable[[torch.Tensor], torch.Tensor], scale: float
+    ) -> torch.Tensor:
+        """Add the gradient of `scale` times the loss (a scalar) of these rows to `.grad`; returns the loss."""
+        assert self._wrapped is not None, "connect first"
+        try:
+            loss = compute_loss(self._forward(self._wrapped, x))
+            # times 0, a loss that is NaN or infinite is NaN: it then reaches every gradient, and with them every rank
+            gradient = loss.detach() * 0.0 + scale
+            loss.backward(self._scaler.scale(gradient))  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if not _is_compiler_error(error):
+                raise
+            raise TrainingFailed(_no_compile(self._trial, error)) from error
+        return loss.detach()
+
+    def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
+        """For all micro-batches but the last: their gradients stay on this rank (sharded ones are added up sharded)."""
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return self._wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    def take_step(self, loss: torch.Tensor, lr_factor: float) -> str | None:
+        """Change the weights. Where the loss or a gradient is not finite, change nothing and name it, on all ranks.
+
+        `loss` is this rank's part of the loss of the global batch, with `exact` all of it.
+        """
+        scaler = self._scaler
+        scaler.unscale_(self._optimizer)
+        fault = self._non_finite(loss)
+        if fault is not None and not self._is_overflow(fault):
+            return fault
+        if fault is None and self._spec.clip_norm is not None:
+            clip_gradients(self._parameters, self._spec.clip_norm)
+        set_lr(self._optimizer, lr_factor)
+        scaler.step(self._optimizer)  # leaves the step out after an overflow
+        scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None and fault is None:
+            self._ema.update()
+        return None
+
+    def drop_gradients(self) -> None:
+        """Forget those of a step that is not taken."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, StateDict]:
+        """Live tensors by file of a checkpoint; with fsdp this rank's part. No collective."""
+        if self.is_sharded:
+            model, optimizer = fsdp.local_tensors(self.module, self._optimizer)
+        else:
+            model, optimizer = self.module.state_dict(), pack_optimizer(self._optimizer)
+        tensors = {"model": model, "optimizer": optimizer}
+        if self._ema is not None:
+            tensors["ema"] = fsdp.local_parts(self._ema.state()) if self.is_sharded else self._ema.state()
+        scale = scaler_state(self._scaler)
+        if scale and self._worker.rank == 0:
+            tensors["scaler"] = scale
+        return tensors
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Take back what `state` gave. With fsdp collective, from any number of parts.
+
+        Raises:
+            StorageError: the tensors are not those of this model.
+        """
+        self.drop_gradients()
+        try:
+            if self.is_sharded:
+                self._load_sharded(checkpoint)
+            else:
+                self._load_whole(checkpoint)
+        except (RuntimeError, LookupError, ValueError) as error:
+            place = checkpoint.place or f"checkpoint of step {checkpoint.progress.step}"
+            raise StorageError(f"{place}: does not fit model '{self._trial.model_name}': {last_line(error)}") from error
+        load_scaler(self._scaler, checkpoint.tensors("scaler") or {})
+
+    def weights_to_keep(self) -> StateDict:
+        """A copy of the weights that count, whole, on rank 0's CPU; empty on the others. With fsdp collective."""
+        weights = self.module.state_dict() if self._ema is None else self._ema.state()
+        if self.is_sharded:
+            return fsdp.full_tensors(weights)
+        if self._worker.rank != 0:
+            return {}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+
+    def _load_whole(self, checkpoint: Checkpoint) -> None:
+        self.module.load_state_dict(checkpoint.tensors("model") or {})
+        unpack_optimizer(self._optimizer, checkpoint.tensors("optimizer") or {})
+        if self._ema is not None:
+            self._ema.load(checkpoint.tensors("ema") or {})
+
+    def _load_sharded(self, checkpoint: Checkpoint) -> None:
+        fsdp.load_tensors(self.module, self._optimizer, checkpoint.files)
+        if self._ema is not None:
+            fsdp.load_into(self._ema.state(), checkpoint.files, "ema")
+
+    def _non_finite(self, loss: torch.Tensor) -> str | None:
+        """What is NaN or infinite. The gradients are equal on all ranks, or sharded."""
+        if self.is_sharded:
+            found = first_non_finite(self.module, torch.zeros_like(loss))
+        else:
+            norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
+            found = None if math.isfinite(torch.stack(list(norms)).sum().item()) else "norm of the gradients"
+        if found is None:
+            return None
+        everywhere = loss.clone()  # seldom enough to ask all ranks whose loss it was
+        if self._worker.world_size > 1 and self.exact is None:
+            dist.all_reduce(everywhere)
+        return first_non_finite(self.module, everywhere) or found
+
+    def _is_overflow(self, fault: str) -> bool:
+        """Whether the scaled gradients of fp16 were too large: to be expected, the scaler then scales less."""
+        return self._scaler.is_enabled() and fault != "loss" and self._scaler.get_scale() > 1.0
+
+    def _forward(self, network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            outputs: torch.Tensor = network(x)
+        if outputs.shape != (len(x), self._num_outputs):
+            raise TrainingFailed(
+                f"model '{self._trial.model_name}': returned shape {tuple(outputs.shape)} for {len(x)} rows, "
+                f"expected {(len(x), self._num_outputs)}"
+            )
+        return outputs
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        precision = self._spec.precision
+        if precision == "fp32" or self.is_sharded:  # sharded modules have the precision in them
+            return contextlib.nullcontext()
+        return torch.autocast(self._worker.device.type, dtype=_LOW_PRECISION[precision])
+
+
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed the one generator this worker draws from.
+
+    `torch.manual_seed` seeds those of every kind of accelerator, present or not: 1 ms, and a queue entry each time.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def _compiled(module: torch.nn.Module, trial: TrialSpec) -> torch.nn.Module:
+    """Exact trials get kernels for any number of rows: which shards a worker has seen before must not matter."""
+    try:
+        network: torch.nn.Module = torch.compile(module, dynamic=True if trial.training.exact else None)  # type: ignore[assignment]
+    except RuntimeError as error:  # not for this Python, or this platform
+        raise TrainingFailed(_no_compile(trial, error)) from error
+    return network
+
+
+def _no_compile(trial: TrialSpec, error: Exception) -> str:
+    return (
+        f"training.compile: torch.compile cannot take model '{trial.model_name}': {last_line(error)}; "
+        f"set compile = false"
+    )
+
+
+def _is_compiler_error(error: Exception) -> bool:
+    """Whether this comes from torch.compile rather than from the model's own code."""
+    places = ("torch._dynamo", "torch._inductor")
+    return any(kind.__module__.startswith(places) for kind in type(error).__mro__)
