@@ -236,7 +236,7 @@ class TrainingSpec(Spec):
     class_weights: ClassWeights = "none"
     """Weight of each class's samples in the loss, in the order of the classes; balanced: inverse to their counts."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: autocast; the weights and the optimizer stay in fp32. fp16 scales the loss (GPU only)."""
+    """bf16, fp16: autocast; the weights and the optimizer stay in fp32. fp16 scales the loss too."""
     compile: bool = False
     """Pass the model through torch.compile."""
     gradient_checkpointing: bool = False
