@@ -309,6 +309,11 @@ BAD_SEARCHES = [
         "space.learning_rat: not a training setting",
     ),
     (
+        "a key that the trials of a run share",
+        'trials = 1\nspace.loop = { choice = ["a:b"] }',
+        "space.loop: not a training setting",
+    ),
+    (
         "a key close to a training setting",
         "trials = 1\nspace.global_batch = { choice = [8] }",
         "space.global_batch: not a training setting, did you mean 'global_batch_size'?",
