@@ -72,14 +72,18 @@ def save_checkpoint(
     paths.fence(attempt)
     remove_dead(paths, trial.trial_id)
     folder = paths.checkpoint(trial.trial_id, step)
-    commit_folder(
-        paths.storage,
-        folder,
-        {**files, PROGRESS: _to_json(progress)},
-        _manifest(trial, attempt, step),
-        token=f"{attempt:04d}-{secrets.token_hex(4)}",
-        before_commit=lambda: paths.fence(attempt),
-    )
+    try:
+        commit_folder(
+            paths.storage,
+            folder,
+            {**files, PROGRESS: _to_json(progress)},
+            _manifest(trial, attempt, step),
+            token=f"{attempt:04d}-{secrets.token_hex(4)}",
+            before_commit=lambda: paths.fence(attempt),
+        )
+    except StorageError:
+        paths.fence(attempt)  # who took over has removed our unfinished files: that is the story then
+        raise
     remove_leftovers(paths.storage, folder, read_manifest(paths.storage, folder))
     _drop_unkept(paths, trial, step, stale)
 

@@ -1,28 +1,34 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import safetensors
 import torch
 
+from bigray.errors import CorruptFile, StorageError
 from bigray.paths import RunPaths
 from bigray.specs import TrialSpec
-from bigray.storage import MANIFEST
+from bigray.storage import MANIFEST, sha256
 from bigray.training.checkpoint import (
-    KEPT_CHECKPOINTS,
+    FORMAT,
+    PROGRESS,
     Checkpoint,
     Progress,
+    SnapshotBuffers,
+    StateDict,
     load_checkpoint,
     pack_optimizer,
-    pack_weights,
-    save_checkpoint,
+    read_checkpoint,
     unpack_optimizer,
-    unpack_weights,
 )
+from bigray.training.checkpoint_writer import save_checkpoint
+from bigray.training.tensor_files import pack_tensors, unpack_tensors
 
 MakeTrial = Callable[..., TrialSpec]
 
@@ -32,10 +38,20 @@ def trial(make_trial: MakeTrial) -> TrialSpec:
     return make_trial()
 
 
-def _checkpoint(step: int, *, best: bool = False) -> Checkpoint:
-    weights = pack_weights({"w": torch.full((2, 2), float(step))})
-    progress = Progress(epoch=step // 5, batch=step % 5, step=step, best_epoch=1, best_metrics={"val_loss": 0.1 + step})
-    return Checkpoint(progress, weights, pack_weights({}), pack_weights({"w": torch.ones(2, 2)}) if best else None)
+def _progress(step: int) -> Progress:
+    return Progress(epoch=step // 5, batch=step % 5, step=step, best_epoch=1, best_metrics={"val_loss": 0.1 + step})
+
+
+def _files(step: int) -> dict[str, bytes]:
+    return {
+        "model.safetensors": pack_tensors({"w": torch.full((2, 2), float(step))}),
+        "optimizer.safetensors": pack_tensors({"0.step": torch.tensor(float(step))}),
+    }
+
+
+def _save(paths: RunPaths, trial: TrialSpec, *steps: int) -> None:
+    for step in steps:
+        save_checkpoint(paths, trial, 1, _progress(step), _files(step))
 
 
 def _folder(paths: RunPaths, trial: TrialSpec, step: int) -> Path:
@@ -47,12 +63,34 @@ def _load(paths: RunPaths, trial: TrialSpec) -> tuple[Checkpoint | None, list[st
     return load_checkpoint(paths, trial, warnings.append), warnings
 
 
-@pytest.mark.parametrize("best", [True, False])
-def test_a_checkpoint_is_read_back_as_it_was(paths: RunPaths, trial: TrialSpec, best: bool) -> None:
-    checkpoint = _checkpoint(12, best=best)
-    save_checkpoint(paths, trial, 1, checkpoint)
+def test_a_checkpoint_is_read_back_as_it_was(paths: RunPaths, trial: TrialSpec) -> None:
+    progress = replace(_progress(12), samples_repeated=3, lr_scale=0.5, improvements=((1, 0.25), (2, 0.5)))
+    save_checkpoint(paths, trial, 1, progress, _files(12))
 
-    assert _load(paths, trial) == (checkpoint, [])
+    assert _load(paths, trial) == (Checkpoint(progress, _files(12)), [])
+
+
+def test_the_tensors_of_a_checkpoint_are_found_by_their_stem(paths: RunPaths, trial: TrialSpec) -> None:
+    _save(paths, trial, 12)
+    checkpoint = read_checkpoint(paths, trial, 12)
+    model = checkpoint.tensors("model")
+
+    assert model is not None
+    assert model["w"].equal(torch.full((2, 2), 12.0))
+    assert checkpoint.tensors("ema") is None
+
+
+@pytest.mark.parametrize(
+    ("stems", "best"), [(("model",), "model"), (("model", "ema"), "ema"), (("model", "ema", "best"), "best")]
+)
+def test_the_best_weights_are_the_current_ones_unless_there_are_older_ones(stems: tuple[str, ...], best: str) -> None:
+    assert Checkpoint(Progress(), {f"{stem}.safetensors": b"" for stem in stems}).best_file() == best
+
+
+def test_the_best_weights_of_a_sharded_checkpoint_are_found_too() -> None:
+    files = {f"{stem}-00001-of-00001.safetensors": b"" for stem in ("model", "ema")}
+
+    assert Checkpoint(Progress(), files).best_file() == "ema"
 
 
 def test_a_trial_without_checkpoints_starts_afresh(paths: RunPaths, trial: TrialSpec) -> None:
@@ -60,165 +98,275 @@ def test_a_trial_without_checkpoints_starts_afresh(paths: RunPaths, trial: Trial
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(paths: RunPaths, trial: TrialSpec) -> None:
-    for step in (9, 100):
-        save_checkpoint(paths, trial, 1, _checkpoint(step))
+    _save(paths, trial, 9, 100)
 
-    assert _load(paths, trial) == (_checkpoint(100), [])
-
-
-def test_only_the_newest_checkpoints_are_kept(paths: RunPaths, trial: TrialSpec) -> None:
-    for step in (1, 2, 3, 4):
-        save_checkpoint(paths, trial, 1, _checkpoint(step))
-
-    assert KEPT_CHECKPOINTS >= 2, "with one there is nothing to go back to"
-    assert paths.checkpoint_steps(trial.trial_id) == [4, 3, 2, 1][:KEPT_CHECKPOINTS]
-
-
-def test_unfinished_checkpoints_are_not_among_those_kept(paths: RunPaths, trial: TrialSpec) -> None:
-    for step in (1, 2, 3):
-        save_checkpoint(paths, trial, 1, _checkpoint(step))
-    (_folder(paths, trial, 3) / MANIFEST).unlink()
-    save_checkpoint(paths, trial, 1, _checkpoint(4))
-
-    assert paths.checkpoint_steps(trial.trial_id) == [4, 2]
-
-
-def test_a_corrupt_checkpoint_is_passed_over_with_one_warning(paths: RunPaths, trial: TrialSpec) -> None:
-    for step in (1, 2):
-        save_checkpoint(paths, trial, 1, _checkpoint(step))
-    damaged = _folder(paths, trial, 2) / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-
-    checkpoint, warnings = _load(paths, trial)
-
-    assert checkpoint == _checkpoint(1)
-    (warning,) = warnings
-    assert "ckpt-0000000002/model.safetensors: corrupt" in warning
-    assert warning.endswith("going back to the checkpoint before it")
+    assert _load(paths, trial) == (Checkpoint(_progress(100), _files(100)), [])
 
 
 def test_an_unfinished_checkpoint_is_passed_over_in_silence(paths: RunPaths, trial: TrialSpec) -> None:
-    for step in (1, 2):
-        save_checkpoint(paths, trial, 1, _checkpoint(step))
+    _save(paths, trial, 1, 2)
     (_folder(paths, trial, 2) / MANIFEST).unlink()
 
-    assert _load(paths, trial) == (_checkpoint(1), [])
+    assert _load(paths, trial) == (Checkpoint(_progress(1), _files(1)), [])
 
 
-def test_where_every_checkpoint_is_corrupt_the_trial_starts_afresh(paths: RunPaths, trial: TrialSpec) -> None:
-    for step in (1, 2):
-        save_checkpoint(paths, trial, 1, _checkpoint(step))
-        (_folder(paths, trial, step) / "optimizer.safetensors").write_bytes(b"")
+def test_a_trial_of_which_none_was_ever_finished_starts_afresh(paths: RunPaths, trial: TrialSpec) -> None:
+    _save(paths, trial, 1)
+    (_folder(paths, trial, 1) / MANIFEST).unlink()
+
+    assert _load(paths, trial) == (None, [])
+
+
+class Damage:
+    """What can happen to a finished checkpoint: each is done to that of step 2, beside a good one of step 1."""
+
+    def __init__(self, folder: Path, good: Path) -> None:
+        self.folder, self.good = folder, good
+
+    def _file(self, stem: str, folder: Path | None = None) -> Path:
+        (path,) = (folder or self.folder).glob(f"{stem}-*")
+        return path
+
+    def _edit_manifest(self, **values: Any) -> None:
+        manifest = json.loads((self.folder / MANIFEST).read_text())
+        (self.folder / MANIFEST).write_text(json.dumps({**manifest, **values}))
+
+    def _write_with_its_hash(self, stem: str, data: bytes) -> None:
+        path = self._file(stem)
+        path.write_bytes(data)
+        files = json.loads((self.folder / MANIFEST).read_text())["files"]
+        entry = next(entry for entry in files.values() if entry["stored"] == path.name)
+        entry.update(size=len(data), sha256=sha256(data))
+        self._edit_manifest(files=files)
+
+    def bit_flipped(self) -> None:
+        data = bytearray(self._file("model").read_bytes())
+        data[-1] ^= 1
+        self._file("model").write_bytes(data)
+
+    def cut_short(self) -> None:
+        self._file("model").write_bytes(self._file("model").read_bytes()[:-4])
+
+    def empty_file(self) -> None:
+        self._file("optimizer").write_bytes(b"")
+
+    def zero_page(self) -> None:
+        self._file("model").write_bytes(bytes(self._file("model").stat().st_size))
+
+    def missing_file(self) -> None:
+        self._file("optimizer").unlink()
+
+    def files_swapped(self) -> None:
+        first, second = self._file("model"), self._file("optimizer")
+        data = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(data)
+
+    def files_of_two_steps(self) -> None:
+        self._file("model").write_bytes(self._file("model", self.good).read_bytes())
+
+    def stale_manifest(self) -> None:
+        shutil.copy(self.good / MANIFEST, self.folder / MANIFEST)
+
+    def manifest_cut_short(self) -> None:
+        data = (self.folder / MANIFEST).read_bytes()
+        (self.folder / MANIFEST).write_bytes(data[: len(data) // 2])
+
+    def manifest_of_zeros(self) -> None:
+        (self.folder / MANIFEST).write_bytes(bytes(512))
+
+    def other_model(self) -> None:
+        self._edit_manifest(config_hash="0123456789ab")
+
+    def newer_format(self) -> None:
+        self._edit_manifest(format=FORMAT + 1)
+
+    def no_format(self) -> None:
+        self._edit_manifest(format="2")
+
+    def header_length(self) -> None:
+        data = self._file("model").read_bytes()
+        self._file("model").write_bytes((2**63).to_bytes(8, "little") + data[8:])
+
+    def header_length_with_its_hash(self) -> None:
+        data = self._file("model").read_bytes()
+        self._write_with_its_hash("model", (2**63).to_bytes(8, "little") + data[8:])
+
+    def progress_of_another_step(self) -> None:
+        self._write_with_its_hash("progress", json.dumps(asdict(_progress(7))).encode())
+
+    def progress_of_a_newer_bigray(self) -> None:
+        self._write_with_its_hash("progress", json.dumps({"step": 2, "phase_of_moon": 1}).encode())
+
+    def progress_not_json(self) -> None:
+        self._write_with_its_hash("progress", b"step 2")
+
+    def no_progress(self) -> None:
+        files = json.loads((self.folder / MANIFEST).read_text())["files"]
+        del files[PROGRESS]
+        self._edit_manifest(files=files)
+
+    def no_weights(self) -> None:
+        files = json.loads((self.folder / MANIFEST).read_text())["files"]
+        self._edit_manifest(files={PROGRESS: files[PROGRESS]})
+
+    def folder_renamed(self) -> None:
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.good, self.folder)
+
+
+KINDS_OF_DAMAGE = {
+    "bit_flipped": r"model-\S+: corrupt, expected sha256 \w{64}, found \w{64}",
+    "cut_short": r"model-\S+: corrupt, expected size \d+, found \d+",
+    "empty_file": r"optimizer-\S+: corrupt, expected size \d+, found 0",
+    "zero_page": r"model-\S+: corrupt, expected sha256 \w{64}, found \w{64}",
+    "missing_file": r"optimizer-\S+: corrupt, expected size \d+, found no file",
+    "files_swapped": r"model-\S+: corrupt, expected size \d+, found \d+",
+    "files_of_two_steps": r"model-\S+: corrupt, expected sha256 \w{64}, found \w{64}",
+    "stale_manifest": r"manifest\.json: expected step 2, found 1",
+    "manifest_cut_short": r"manifest\.json: not a manifest: .+",
+    "manifest_of_zeros": r"manifest\.json: not a manifest: .+",
+    "other_model": r"manifest\.json: of another model or settings, expected \w{12}, found 0123456789ab",
+    "newer_format": r"manifest\.json: expected format 2 or lower, found 3; a newer bigray wrote it",
+    "no_format": r"manifest\.json: expected format 2 or lower, found 2",
+    "header_length": r"model-\S+: corrupt, expected sha256 \w{64}, found \w{64}",
+    "header_length_with_its_hash": r"model\.safetensors: not a safetensors file: expected a header of .*, found \d+",
+    "progress_of_another_step": r"progress\.json: expected step 2, found 7",
+    "progress_of_a_newer_bigray": r"progress\.json: not a trial's progress: unknown 'phase_of_moon'",
+    "progress_not_json": r"progress\.json: not a trial's progress: .+",
+    "no_progress": r"manifest\.json: expected progress\.json among its files, found none",
+    "no_weights": r"manifest\.json: expected files of weights, found none",
+    "folder_renamed": r"manifest\.json: expected step 2, found 1",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_DAMAGE)
+def test_a_damaged_checkpoint_is_named_in_one_line_and_the_good_one_before_it_is_used(
+    paths: RunPaths, trial: TrialSpec, kind: str
+) -> None:
+    _save(paths, trial, 1, 2)
+    getattr(Damage(_folder(paths, trial, 2), _folder(paths, trial, 1)), kind)()
 
     checkpoint, warnings = _load(paths, trial)
 
-    assert checkpoint is None
-    assert len(warnings) == 2
+    assert checkpoint == Checkpoint(_progress(1), _files(1))
+    (warning,) = warnings
+    place = r"\S+/trials/0-net/ckpt-0000000002/"
+    assert _matches(f"{place}{KINDS_OF_DAMAGE[kind]}; going back to the checkpoint of step 1", warning)
 
 
-def test_a_checkpoint_that_other_settings_made_is_passed_over(paths: RunPaths, make_trial: MakeTrial) -> None:
-    save_checkpoint(paths, make_trial(lr=0.1), 1, _checkpoint(1))
-    save_checkpoint(paths, make_trial(lr=0.2), 1, _checkpoint(2))
+@pytest.mark.parametrize("kind", KINDS_OF_DAMAGE)
+def test_where_no_checkpoint_is_usable_the_trial_does_not_start_afresh_in_silence(
+    paths: RunPaths, trial: TrialSpec, kind: str
+) -> None:
+    _save(paths, trial, 1, 2)
+    getattr(Damage(_folder(paths, trial, 2), _folder(paths, trial, 1)), kind)()
+    next(_folder(paths, trial, 1).glob("optimizer-*")).unlink()
 
-    assert _load(paths, make_trial(lr=0.1)) == (_checkpoint(1), [])
-    assert _load(paths, make_trial(lr=0.3)) == (None, [])
+    with pytest.raises(StorageError) as caught:
+        load_checkpoint(paths, trial, pytest.fail)
 
-
-def test_a_checkpoint_just_saved_outlives_unusable_ones_of_higher_steps(paths: RunPaths, trial: TrialSpec) -> None:
-    """A run that had to go back, say because both newest checkpoints were corrupt, must keep what it saves now."""
-    for step in (30, 40):
-        save_checkpoint(paths, trial, 1, _checkpoint(step))
-        (_folder(paths, trial, step) / "model.safetensors").write_bytes(b"")
-    assert load_checkpoint(paths, trial, lambda _: None) is None
-
-    save_checkpoint(paths, trial, 2, _checkpoint(10))
-
-    assert load_checkpoint(paths, trial, lambda _: None) == _checkpoint(10)
+    assert caught.value.exit_code == 4
+    way_out = r"; no checkpoint of this trial can be used \(2 there\): bring the files back, or remove \S+0-net to .+"
+    assert _matches(rf"\S+/ckpt-0000000002/{KINDS_OF_DAMAGE[kind]}{way_out}", str(caught.value))
 
 
-def test_saving_a_step_again_replaces_it(paths: RunPaths, trial: TrialSpec) -> None:
-    save_checkpoint(paths, trial, 1, _checkpoint(5, best=True))
-    save_checkpoint(paths, trial, 2, _checkpoint(5))
-
-    assert _load(paths, trial) == (_checkpoint(5), [])
-    assert sorted(path.name for path in _folder(paths, trial, 5).iterdir()) == [
-        MANIFEST,
-        "model.safetensors",
-        "optimizer.safetensors",
-        "progress.json",
-    ]
+def _matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text) is not None  # without DOTALL: a second line does not match
 
 
-def test_a_checkpoint_is_safetensors_and_json_and_nothing_else(paths: RunPaths, trial: TrialSpec) -> None:
-    save_checkpoint(paths, trial, 1, _checkpoint(5, best=True))
+def test_several_damaged_checkpoints_give_one_warning_about_the_newest(paths: RunPaths, make_trial: MakeTrial) -> None:
+    trial = make_trial(keep={"last": 3})
+    _save(paths, trial, 1, 2, 3)
+    for step in (2, 3):
+        next(_folder(paths, trial, step).glob("model-*")).write_bytes(b"")
 
-    for path in _folder(paths, trial, 5).iterdir():
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        else:
-            assert path.suffix == ".safetensors"
-            with safetensors.safe_open(path, "pt") as file:
-                assert file.keys() is not None
+    _, warnings = _load(paths, trial)
 
-
-def test_the_manifest_tells_step_attempt_and_settings(paths: RunPaths, trial: TrialSpec) -> None:
-    save_checkpoint(paths, trial, 3, _checkpoint(5))
-    manifest = json.loads((_folder(paths, trial, 5) / MANIFEST).read_text())
-
-    assert (manifest["step"], manifest["attempt"], manifest["config_hash"]) == (5, 3, trial.config_hash)
+    (warning,) = warnings
+    assert "ckpt-0000000003/model-" in warning
+    assert warning.endswith("found 0 (and 1 more); going back to the checkpoint of step 1")
 
 
-def test_the_best_weights_are_the_models_own_where_this_is_the_best_epoch() -> None:
-    own, older = _checkpoint(5), _checkpoint(5, best=True)
+def test_damage_is_told_apart_from_a_file_that_was_never_right(paths: RunPaths, trial: TrialSpec) -> None:
+    _save(paths, trial, 1)
+    next(_folder(paths, trial, 1).glob("model-*")).write_bytes(b"")
 
-    assert own.best_weights == own.model
-    assert older.best_weights != older.model
+    with pytest.raises(CorruptFile):
+        read_checkpoint(paths, trial, 1)
+
+
+def test_a_checkpoint_that_other_settings_made_is_not_gone_on_with(paths: RunPaths, make_trial: MakeTrial) -> None:
+    _save(paths, make_trial(lr=0.1), 1)
+
+    with pytest.raises(StorageError, match=r"ckpt-0000000001/manifest\.json: of another model or settings, expected"):
+        _load(paths, make_trial(lr=0.3))
+
+
+def test_a_file_of_pickle_is_never_run(paths: RunPaths, trial: TrialSpec, tmp_path: Path) -> None:
+    """Bytes with the right hash in the manifest, as whoever may write to storage can put there."""
+    _save(paths, trial, 1, 2)
+    canary = tmp_path / "canary"
+    hostile = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()
+    Damage(_folder(paths, trial, 2), _folder(paths, trial, 1))._write_with_its_hash("model", hostile)
+
+    checkpoint, _ = _load(paths, trial)
+
+    assert checkpoint is not None
+    assert checkpoint.progress.step == 1
+    assert not canary.exists()
 
 
 def test_the_state_of_a_trial_is_its_progress() -> None:
-    progress = replace(_checkpoint(7).progress, ended="finished")
+    progress = replace(_progress(7), ended="finished")
     state = progress.to_state()
 
     assert (state.epoch, state.step, state.ended, state.best_metrics) == (1, 7, "finished", {"val_loss": 7.1})
 
 
-def test_weights_of_every_layout_and_kind_survive() -> None:
-    weights = {
-        "transposed": torch.arange(6.0).reshape(2, 3).T,
-        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
-        "counter": torch.tensor(7),
-        "half": torch.randn(3).to(torch.bfloat16),
-    }
-    read_back = unpack_weights(pack_weights(weights))
+def test_a_snapshot_does_not_change_when_training_goes_on() -> None:
+    weights = {"w": torch.ones(3), "steps": torch.tensor(4)}
+    copies = SnapshotBuffers().copy("model", weights)
+    for tensor in weights.values():
+        tensor.add_(1)
 
-    assert set(read_back) == set(weights)
-    for name, tensor in weights.items():
-        assert torch.equal(read_back[name], tensor)
-        assert read_back[name].dtype == tensor.dtype
+    assert copies["w"].equal(torch.ones(3))
+    assert copies["steps"].item() == 4
 
 
-def _tied() -> torch.nn.Sequential:
-    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    second.weight = first.weight
-    return torch.nn.Sequential(first, second)
+def test_the_memory_of_a_snapshot_is_used_again_by_the_next(paths: RunPaths) -> None:
+    buffers = SnapshotBuffers()
+    first = buffers.copy("model", {"w": torch.ones(3)})["w"].data_ptr()
+    second = buffers.copy("model", {"w": torch.zeros(3)})["w"]
+
+    assert second.data_ptr() == first
+    assert second.equal(torch.zeros(3))
 
 
-def test_tied_weights_survive() -> None:
-    source, copy = _tied(), _tied()
-    copy.load_state_dict(unpack_weights(pack_weights(source.state_dict())))
+def test_a_tensor_of_another_shape_or_type_gets_other_memory() -> None:
+    buffers = SnapshotBuffers()
+    for tensor in (torch.ones(3), torch.ones(4), torch.ones(4, dtype=torch.float64)):
+        copy = buffers.copy("model", {"w": tensor})["w"]
+        assert copy.equal(tensor)
+        assert copy.dtype == tensor.dtype
 
-    assert copy[0].weight is copy[1].weight
-    for name, tensor in source.state_dict().items():
-        assert torch.equal(copy.state_dict()[name], tensor)
+
+def test_each_file_of_a_snapshot_has_its_own_memory() -> None:
+    buffers = SnapshotBuffers()
+    model, best = buffers.copy("model", {"w": torch.ones(3)}), buffers.copy("best", {"w": torch.zeros(3)})
+
+    assert model["w"].equal(torch.ones(3))
+    assert best["w"].equal(torch.zeros(3))
+    assert buffers.copy("optimizer", {}) == {}
 
 
-def test_views_of_one_tensor_survive() -> None:
-    whole = torch.arange(6.0)
-    read_back = unpack_weights(pack_weights({"whole": whole, "end": whole[2:], "start": whole[:3]}))
+def test_parameters_and_views_are_copied_as_plain_contiguous_tensors() -> None:
+    tensors: StateDict = {"p": torch.nn.Parameter(torch.ones(2)), "t": torch.arange(6.0).reshape(2, 3).T}
+    copies = SnapshotBuffers().copy("model", tensors)
 
-    assert torch.equal(read_back["whole"], whole)
-    assert torch.equal(read_back["end"], whole[2:])
-    assert torch.equal(read_back["start"], whole[:3])
+    assert not copies["p"].requires_grad
+    assert copies["t"].is_contiguous()
+    assert copies["t"].equal(tensors["t"])
 
 
 @pytest.mark.parametrize(
@@ -227,8 +375,9 @@ def test_views_of_one_tensor_survive() -> None:
         lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
         lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
         lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+        lambda parameters: torch.optim.ASGD(parameters, lr=0.1),
     ],
-    ids=["momentum", "stateless", "adamw"],
+    ids=["momentum", "stateless", "adamw", "asgd"],
 )
 def test_optimizer_state_survives(make: Callable[..., torch.optim.Optimizer]) -> None:
     def stepped() -> torch.optim.Optimizer:
@@ -239,7 +388,7 @@ def test_optimizer_state_survives(make: Callable[..., torch.optim.Optimizer]) ->
 
     source, copy = stepped(), stepped()
     source.step()
-    unpack_optimizer(copy, pack_optimizer(source))
+    unpack_optimizer(copy, unpack_tensors(pack_tensors(pack_optimizer(source))))
     before, after = source.state_dict()["state"], copy.state_dict()["state"]
 
     for number, state in after.items():
@@ -247,3 +396,12 @@ def test_optimizer_state_survives(make: Callable[..., torch.optim.Optimizer]) ->
         for slot, value in state.items():
             assert torch.equal(value, before[number][slot])
     assert copy.state_dict()["param_groups"] == source.state_dict()["param_groups"]
+
+
+def test_optimizer_state_that_is_no_tensor_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter]["history"] = ["a"]
+
+    with pytest.raises(StorageError, match="optimizer state 'history': expected a tensor, found a list"):
+        pack_optimizer(optimizer)
