@@ -240,10 +240,10 @@ def _headline(event: Event) -> str | None:
 
 
 def _epoch_line(row: TrialProgress, metric: str) -> str:
-    value = f"{row.metrics[metric]:.4f}" if metric in row.metrics else "-"
     return (
-        f"{row.trial.trial_id}: epoch {row.epoch}/{row.trial.training.epochs}, loss {row.train_loss:.4f}, "
-        f"{metric} {value}, {row.samples_per_s:,.0f} samples/s, {_seconds(row.remaining_s)} left"
+        f"{row.trial.trial_id}: epoch {row.epoch}/{row.trial.training.epochs}, loss {_number(row.train_loss)}, "
+        f"{metric} {_number(row.metrics.get(metric))}, {_rate(row.samples_per_s)} samples/s, "
+        f"{_seconds(row.remaining_s)} left"
     )
 
 
@@ -282,7 +282,7 @@ def _live_cells(row: TrialProgress, metric: str) -> list[RenderableType]:
         _number(row.train_loss),
         _number(value),
         _number(row.best),
-        "-" if row.samples_per_s is None else f"{row.samples_per_s:,.0f}",
+        _rate(row.samples_per_s),
         _seconds(row.remaining_s),
         row.status,
     ]
@@ -290,6 +290,10 @@ def _live_cells(row: TrialProgress, metric: str) -> list[RenderableType]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
 
 
 def _seconds(seconds: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -41,7 +42,8 @@ def rank(results: Iterable[TrialResult], metric: str, mode: Literal["max", "min"
     def key(result: TrialResult) -> tuple[float, float, float, str]:
         if metric not in result.metrics:
             return (1.0, 0.0, 0.0, result.trial_id)
-        return (0.0, sign * result.metrics[metric], result.metrics["val_loss"], result.trial_id)
+        loss = result.metrics.get("val_loss", math.inf)  # a loop of one's own need not report it
+        return (0.0, sign * result.metrics[metric], loss, result.trial_id)
 
     return tuple(sorted(results, key=key))
 

@@ -290,6 +290,8 @@ class TrainingSpec(Spec):
             yield "exact: normalises each logical shard by itself; remove sync_batchnorm"
         if self.exact and self.global_batch_size == "auto":
             yield "exact: needs a fixed global_batch_size, 'auto' depends on the machine"
+        if self.loop is not None and (self.exact or self.strategy == "fsdp"):
+            yield "exact and strategy = 'fsdp' are of bigray's own loop; remove them, or loop"
         is_classes = self.target_kind == "classification"
         if not is_classes and (self.label_smoothing or self.class_weights != "none"):
             yield "label_smoothing and class_weights are for classification"

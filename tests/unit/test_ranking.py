@@ -56,6 +56,12 @@ def test_equal_metrics_are_told_apart_by_the_loss_then_by_the_trial(mode: Any) -
     assert _ids(rank(results, "val_accuracy", mode)) == ["b", "c", "a"]
 
 
+def test_a_trial_whose_loop_reports_no_loss_ranks_by_its_metric_alone() -> None:
+    results = [_result("b", val_f1=0.9), _result("a", val_f1=0.9), _result("c", val_f1=0.9, val_loss=0.5)]
+
+    assert _ids(rank(results, "val_f1", "max")) == ["c", "a", "b"]
+
+
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_trials_without_a_metric_come_last(mode: Any) -> None:
     results = [_result("a"), _result("b", val_r2=-50.0, val_loss=9.0)]

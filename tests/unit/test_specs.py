@@ -111,3 +111,12 @@ def test_a_search_survives_its_way_through_json() -> None:
     search = SearchSpec.model_validate({"space": {"lr": {"log_uniform": [1e-4, 0.1]}}, "trials": 4})
 
     assert SearchSpec.model_validate(search.model_dump(mode="json")) == search
+
+
+@pytest.mark.parametrize("setting", [{"exact": True}, {"strategy": "fsdp"}])
+def test_what_bigrays_own_loop_promises_cannot_be_asked_of_another(setting: dict[str, Any]) -> None:
+    own = {"task": "classification", "loop": "my.mod:train", "metric": "val_f1", "metric_mode": "max"}
+    TrainingSpec.model_validate(own)
+
+    with pytest.raises(ValidationError, match="are of bigray's own loop; remove them, or loop"):
+        TrainingSpec.model_validate({**own, **setting})
