@@ -206,20 +206,39 @@ def commit_folder(
     that took over. With tokens the folder then is what either of them wrote or is refused by its hashes, never a
     mixture that loads.
     """
+    entries = write_files(storage, folder, files, token)
+    try:
+        if before_commit is not None:
+            before_commit()
+        write_manifest(storage, folder, {**manifest, "files": entries})
+    except DiskFull:
+        _give_up(storage, folder, entries)
+        raise
+
+
+def write_files(storage: Storage, folder: str, files: Mapping[str, Content], token: str = "") -> dict[str, Any]:
+    """Write `files`, under the names that go with `token`; returns what a manifest says of them.
+
+    Raises:
+        DiskFull: none of them is left.
+    """
     entries: dict[str, dict[str, Any]] = {}
     try:
         for name, content in files.items():
             stored = _stored_name(name, token)
             written = storage.write_file(f"{folder}/{stored}", content)
             entries[name] = {"size": written.size, "sha256": written.sha256} | ({"stored": stored} if token else {})
-        if before_commit is not None:
-            before_commit()
-        write_manifest(storage, folder, {**manifest, "files": entries})
-    except DiskFull:  # what was written is of no use now; others may need the space
-        for name, entry in entries.items():
-            with suppress(StorageError):
-                storage.delete_file(f"{folder}/{entry.get('stored', name)}")
+    except DiskFull:
+        _give_up(storage, folder, entries)
         raise
+    return entries
+
+
+def _give_up(storage: Storage, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Delete what was written: it is of no use now, and others may need the space."""
+    for name, entry in entries.items():
+        with suppress(StorageError):
+            storage.delete_file(f"{folder}/{entry.get('stored', name)}")
 
 
 def write_manifest(storage: Storage, folder: str, manifest: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from bigray.paths import RunPaths
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, read_files, read_manifest
 from bigray.training.commands import TrialState
-from bigray.training.sharded import Shard
+from bigray.training.sharded import SHARDED_STEMS, JoinedTensors, Shard, part_names
 from bigray.training.tensor_files import StateDict, check_tensor_file, unpack_tensors
 
 if TYPE_CHECKING:
@@ -141,14 +141,15 @@ class Checkpoint:
     """Its folder, for messages."""
 
     def tensors(self, stem: str) -> StateDict | None:
-        """The tensors of one file, with memory of their own; None where the checkpoint has no such file.
+        """The tensors of one stem, whole, with memory of their own; None where the checkpoint has none of it.
 
         Raises:
             StorageError: only the record of this trial was kept.
         """
         self._check_has_weights()
-        data = self.files.get(f"{stem}.safetensors")
-        return None if data is None else unpack_tensors(data)
+        if (data := self.files.get(f"{stem}.safetensors")) is not None:
+            return unpack_tensors(data)
+        return dict(JoinedTensors(self.files, stem, self.place)) or None
 
     def best_file(self) -> str:
         """Stem of the weights of the best epoch, averaged ones where the trial averages.
@@ -223,6 +224,8 @@ def read_checkpoint(paths: RunPaths, trial: TrialSpec, step: int) -> Checkpoint:
     for name, data in files.items():
         if name.endswith(".safetensors"):
             check_tensor_file(data, f"{place}/{name}")
+    for stem in SHARDED_STEMS:
+        part_names(files.keys(), stem, place)
     return Checkpoint(progress, files, bool(manifest.get("record")), place)
 
 

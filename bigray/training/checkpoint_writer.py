@@ -26,8 +26,8 @@ from bigray.storage import (
 )
 from bigray.training.checkpoint import FORMAT, PROGRESS, Progress, Snapshot, committed_steps, read_checkpoint
 from bigray.training.retention import checkpoints_to_drop
-from bigray.training.sharded import commit_shard
-from bigray.training.tensor_files import pack_tensors, tensor_chunks
+from bigray.training.sharded import Shard, commit_shard
+from bigray.training.tensor_files import tensor_chunks
 
 
 def save_snapshot(
@@ -41,14 +41,33 @@ def save_snapshot(
         files = {f"{stem}.safetensors": tensor_chunks(tensors) for stem, tensors in snapshot.tensors.items()}
         save_checkpoint(paths, trial, attempt, snapshot.progress, files, stale)
         return
+    _save_part(paths, trial, attempt, snapshot, snapshot.shard, stale)
+
+
+def _save_part(
+    paths: RunPaths, trial: TrialSpec, attempt: int, snapshot: Snapshot, shard: Shard, stale: Collection[int]
+) -> None:
+    """One rank's part. Rank 0 tidies up before it begins and after it has committed: the others then write nothing."""
     paths.fence(attempt)
-    step, shard = snapshot.progress.step, snapshot.shard
-    parts = {shard.file_name(stem): pack_tensors(tensors) for stem, tensors in snapshot.tensors.items()}
-    if shard.rank == 0:
-        parts[PROGRESS] = _to_json(snapshot.progress)
-    manifest = _manifest(trial, attempt, step)
-    commit_shard(paths.storage, paths.checkpoint(trial.trial_id, step), shard, parts, manifest)
-    if shard.rank == 0:
+    step, is_first = snapshot.progress.step, shard.rank == 0
+    folder = paths.checkpoint(trial.trial_id, step)
+    files: dict[str, Content] = {
+        shard.file_name(stem): tensor_chunks(tensors) for stem, tensors in snapshot.tensors.items()
+    }
+    if is_first:
+        remove_dead(paths, trial.trial_id)
+        files[PROGRESS] = _to_json(snapshot.progress)
+    commit_shard(
+        paths.storage,
+        folder,
+        shard,
+        files,
+        _manifest(trial, attempt, step),
+        attempt=attempt,
+        before_commit=lambda: paths.fence(attempt),
+    )
+    if is_first:
+        remove_leftovers(paths.storage, folder, read_manifest(paths.storage, folder))
         _drop_unkept(paths, trial, step, stale)
 
 

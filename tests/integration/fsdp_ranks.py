@@ -103,7 +103,7 @@ def _train_one_stage(worker: Worker, folder: Path, optimizer: str, steps: range,
     shard = new_shard(worker)
     stems = dict(zip(("model", "optimizer"), local_tensors(module, sharded), strict=True))
     files = {shard.file_name(stem): safetensors.torch.save(_unshared(tensors)) for stem, tensors in stems.items()}
-    commit_shard(storage, f"{optimizer}-{steps.stop}", shard, files, {"step": steps.stop}, timeout_s=60)
+    commit_shard(storage, f"{optimizer}-{steps.stop}", shard, files, {"step": steps.stop}, attempt=1)
     dist.barrier()
     weights = full_weights(module)
     assert bool(weights) == (worker.rank == 0)
