@@ -40,7 +40,7 @@ from bigray.training.exact import ExactGradients
 from bigray.training.optimization import lr_factor
 from bigray.training.replica import Replica, seed_generator
 from bigray.training.samples import Counts, SampleLedger, lost_and_repeated
-from bigray.training.sharded import JoinedTensors, Shard
+from bigray.training.sharded import Shard
 from bigray.training.tasks import load_task, sample_losses, total_weight
 from bigray.training.validation import Validation
 
@@ -104,11 +104,10 @@ class TrialTraining:
         )
         self._record, self._batch, self._step = Progress(), 0, 0
         self.best_weights: StateDict | None = None
-        # of this epoch so far: what this rank has counted, with `exact` the losses of all ranks
+        # of this epoch so far: the rows of this rank; the losses of all ranks, with fsdp those of this one
         self._ledger = SampleLedger(self._num_rows)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.worker.device)
-        self._weight_sum = 0.0
-        # what only all ranks together know, as of the last `_agree_on_totals`
+        # for a snapshot, as of the last `_agree_on_totals`
         self._samples: Counts | None = None
         self._shard: Shard | None = None
 
@@ -164,7 +163,6 @@ class TrialTraining:
                 return True
             self._ledger.commit()
             self._loss_sum += loss
-            self._weight_sum += weight
             num_samples += len(rows)
             self._batch, self._step = batch + 1, self._step + 1
 
@@ -181,7 +179,7 @@ class TrialTraining:
         return True
 
     def _gradients(self, batch: int, rows: IndexArray, weight: float) -> torch.Tensor:
-        """Leave the gradient of the global batch in `.grad`; returns the summed losses of this rank's share."""
+        """Leave the gradient of a global batch in `.grad`; returns its summed losses, with fsdp those of this rank."""
         worker, most = self.worker, self._spec.micro_batch_size
         share = worker_share(rows, worker.rank, worker.world_size)
         # the ranks' gradients are averaged; this makes it the mean over the global batch
@@ -189,14 +187,13 @@ class TrialTraining:
         num_passes = 1
         if most is not None:  # from the largest share: all ranks make as many forward passes, some talk in them
             num_passes = math.ceil(len(worker_share(rows, 0, worker.world_size)) / most)
-        if num_passes == 1:
-            return self._pass(share, rows, scale, batch, worker.rank, 0)
-        loss = torch.zeros((), dtype=torch.float64, device=worker.device)
-        for micro, part in enumerate(np.array_split(share, num_passes)):
-            is_last = micro == num_passes - 1
-            with contextlib.nullcontext() if is_last else self._replica.unsynchronised():
-                loss += self._pass(part, rows, scale, batch, worker.rank, micro)
-        return loss
+        *first, last = [share] if num_passes == 1 else np.array_split(share, num_passes)
+        losses = []
+        with self._replica.unsynchronised() if first else contextlib.nullcontext():
+            for micro, part in enumerate(first):
+                losses.append(self._pass(part, rows, scale, batch, worker.rank, micro))
+        losses.append(self._pass(last, rows, scale, batch, worker.rank, num_passes - 1))
+        return self._replica.loss_of_batch(losses[0] if not first else torch.stack(losses).sum())
 
     def _exact_gradients(self, exact: ExactGradients, batch: int, rows: IndexArray, weight: float) -> torch.Tensor:
         """As `_gradients`, in the same bits at any number of workers; returns the losses of the whole batch."""
@@ -217,7 +214,7 @@ class TrialTraining:
         """Forward and backward over some rows of a global batch; returns their summed losses (float64 scalar)."""
         if not len(rows):  # whoever has no rows still takes part in what the others do together
             with uncounted_rows(self.module):
-                return self._pass(batch_rows[:2], batch_rows, 0.0, batch, part, micro) * 0.0
+                return self._pass(batch_rows[:2], batch_rows, 0.0, batch, part, micro)
         if scale:
             self._ledger.load(rows)
         self.hooks.tick("forward")
@@ -229,7 +226,7 @@ class TrialTraining:
             self.hooks.tick("backward")
             return loss
 
-        return self._replica.forward_and_backward(x, compute_loss, scale).double()
+        return self._replica.forward_and_backward(x, compute_loss, scale)
 
     def _end_epoch(self, num_samples: int, started: float) -> None:
         """Add up what the ranks counted, validate where it is due, decide whether the trial has ended, and report."""
@@ -257,7 +254,6 @@ class TrialTraining:
         self._record, self._batch = after, 0
         self._ledger.reset()
         self._loss_sum.zero_()
-        self._weight_sum = 0.0
         if fault is not None:
             self._on_non_finite(f"step {self._step}: {fault} is not finite")
         else:
@@ -351,20 +347,22 @@ class TrialTraining:
 
     def _agree_on_totals(self) -> None:
         """What a snapshot holds and only all ranks together know; collective."""
-        self._samples = None
-        if self._batch:
-            loss, num_samples = float(self._total_loss()), len(self._completed_rows())
-            self._record = replace(self._record, epoch_loss_sum=loss, epoch_samples=num_samples)
-            self._samples = self._ledger.total(self.worker)
+        self._note_totals(self._ledger.total(self.worker) if self._batch else None, float(self._total_loss()))
         self._shard = fsdp.new_shard(self.worker) if self._replica.is_sharded else None
+
+    def _note_totals(self, samples: Counts | None, loss_sum: float) -> None:
+        self._samples = samples
+        num_samples = min(self._batch * self._spec.batch_size, self._num_rows)
+        self._record = replace(self._record, epoch_loss_sum=loss_sum, epoch_samples=num_samples)
 
     def snapshot(self, buffers: SnapshotBuffers) -> Snapshot:
         """Copies of everything needed to go on from here (rank 0; with fsdp each rank's part).
 
-        No collective: call it in `LoopHooks.on_checkpoint`, or after `train_to` has returned.
+        No collective: call it in `LoopHooks.on_checkpoint`, after `train_to` has returned, or after `rebuild`. The
+        weights of the best epoch are in it on the rank that has them.
         """
         tensors = self._replica.state()
-        if self.worker.rank == 0:
+        if self.worker.rank == 0 or not self._replica.is_sharded:
             if self.best_weights is not None and self._record.best_step != self._step:
                 tensors["best"] = self.best_weights
             if self._samples is not None:
@@ -384,38 +382,39 @@ class TrialTraining:
             return
         self._replica.load_state(checkpoint)
         is_first = self.worker.rank == 0
-        if self._record.best_metrics:
-            self.best_weights = dict(JoinedTensors(checkpoint.files, checkpoint.best_file())) if is_first else {}
+        self.best_weights = None
+        if self._record.best_metrics and is_first:
+            self.best_weights = checkpoint.tensors(checkpoint.best_file())
         samples = checkpoint.tensors("samples")
-        self._take_counts(None if samples is None else samples["counts"].numpy())
-        self._loss_sum.fill_(self._record.epoch_loss_sum if is_first or self._spec.exact else 0.0)
+        self._go_on_counting(self._planned_counts() if samples is None else samples["counts"].numpy())
+        self._loss_sum.fill_(self._record.epoch_loss_sum if is_first or not self._replica.is_sharded else 0.0)
 
     def rebuild(self, worker: Worker) -> None:
         """Go on in a new process group, of any size, after a worker was lost (every rank that is left).
 
         Keeps module, optimizer and cursor: a step cut short is taken again. What the lost rank had counted in this
         epoch went with it. Its rows are in the gradients of every step that the others completed, so all rows of those
-        steps count as taken; the losses it had summed are taken to be like this rank's (with `exact` none is missing).
-        With fsdp a part of the weights is missing: the trial begins anew, and wants a `restore`.
+        steps count as taken once. With fsdp a part of the weights is missing: the trial begins anew, and wants a
+        `restore`.
         """
-        known, self.worker = self._weight_sum, worker
+        self.worker = worker
         if self._replica.is_sharded:
             self._begin()
             return
         self._replica.disconnect(worker)
-        self._take_counts(None)
-        if not self._spec.exact:
-            self._loss_sum *= self._weight_sum / known if known else 0.0
+        self._go_on_counting(self._planned_counts())
+        self._note_totals(self._samples, float(self._loss_sum))
 
-    def _take_counts(self, counts: Counts | None) -> None:
-        """Rank 0 goes on from these counts, or else from all rows of the completed steps; the others from nothing."""
-        done = self._completed_rows()
-        if counts is None:
-            counts = np.zeros(self._num_rows, dtype=np.uint8)
-            counts[done] = 1
-        is_first = self.worker.rank == 0
-        self._ledger.reset(counts if is_first else None)
-        self._weight_sum = total_weight(self._task, self.data.y_train[done]) if is_first else 0.0
+    def _go_on_counting(self, counts: Counts) -> None:
+        """What all ranks had counted together goes on as rank 0's."""
+        self._samples = counts if self._batch else None
+        self._ledger.reset(counts if self.worker.rank == 0 else None)
+
+    def _planned_counts(self) -> Counts:
+        """Each row of the completed steps of this epoch once."""
+        counts = np.zeros(self._num_rows, dtype=np.uint8)
+        counts[self._completed_rows()] = 1
+        return counts
 
     def _completed_rows(self) -> IndexArray:
         """Rows of the completed steps of this epoch."""
@@ -425,7 +424,7 @@ class TrialTraining:
     def _total_loss(self) -> torch.Tensor:
         """Summed losses of this epoch so far, over all ranks."""
         total = self._loss_sum.clone()
-        if self.worker.world_size > 1 and not self._spec.exact:
+        if self._replica.is_sharded and self.worker.world_size > 1:
             dist.all_reduce(total)
         return total
 

@@ -39,6 +39,19 @@ if TYPE_CHECKING:
 _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class _WithBatchLoss(torch.nn.Module):
+    """A network for DDP with one parameter more, whose gradient is the loss: DDP averages that along with the others."""
+
+    def __init__(self, network: torch.nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self.loss = torch.nn.Parameter(torch.zeros(1, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.network(x)
+        return outputs
+
+
 class Replica:
     """Every rank makes the same calls in the same order."""
 
@@ -68,6 +81,7 @@ class Replica:
         self._scaler = make_scaler(self._spec.precision, worker.device)
         self._ema = None if self._spec.ema_decay is None else Ema(module, self._spec.ema_decay)
         self._wrapped: torch.nn.Module | None = None
+        self._batch_loss: torch.nn.Parameter | None = None
         self.exact = None
 
     def connect(self) -> None:
@@ -80,12 +94,14 @@ class Replica:
             self.exact = ExactGradients(self.module, spec.logical_shards, worker.rank, worker.world_size, worker.device)
         elif worker.world_size > 1 and not self.is_sharded:
             device_ids = [worker.device] if worker.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(self._network, device_ids=device_ids, gradient_as_bucket_view=True)
+            network = _WithBatchLoss(self._network, worker.device)
+            self._wrapped = DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True)
+            self._batch_loss = network.loss
 
     def disconnect(self, worker: Worker) -> None:
         """Leave a process group that is no more; `connect` joins the new one as `worker`."""
-        self._worker, self._wrapped, self.exact = worker, None, None
         self.drop_gradients()
+        self._worker, self._wrapped, self._batch_loss, self.exact = worker, None, None, None
 
     def train(self) -> None:
         assert self._wrapped is not None, "connect first"
@@ -109,18 +125,25 @@ class Replica:
     def forward_and_backward(
         self, x: torch.Tensor, compute_loss: Callable[[torch.Tensor], torch.Tensor], scale: float
     ) -> torch.Tensor:
-        """Add the gradient of `scale` times the loss (a scalar) of these rows to `.grad`; returns the loss."""
+        """Add the gradient of `scale` times the loss (a scalar) of these rows to `.grad`; returns the loss, in float64.
+
+        With a scale of 0 it takes part in what the other ranks do, and nothing more.
+        """
         assert self._wrapped is not None, "connect first"
         try:
             loss = compute_loss(self._forward(self._wrapped, x))
             # times 0, a loss that is NaN or infinite is NaN: it then reaches every gradient, and with them every rank
-            gradient = loss.detach() * 0.0 + scale
-            loss.backward(self._scaler.scale(gradient))  # type: ignore[no-untyped-call]
+            value = loss.detach()
+            roots, gradients = [loss], [self._scaler.scale(value * 0.0 + scale)]
+            if self._batch_loss is not None:
+                roots.append(self._batch_loss)
+                gradients.append(value.float().reshape(1) * bool(scale))
+            torch.autograd.backward(roots, gradients)
         except Exception as error:
             if not _is_compiler_error(error):
                 raise
             raise TrainingFailed(_no_compile(self._trial, error)) from error
-        return loss.detach()
+        return value.double() * bool(scale)
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
         """For all micro-batches but the last: their gradients stay on this rank (sharded ones are added up sharded)."""
@@ -128,10 +151,16 @@ class Replica:
             return self._wrapped.no_sync()
         return contextlib.nullcontext()
 
+    def loss_of_batch(self, own_loss: torch.Tensor) -> torch.Tensor:
+        """Summed losses of a global batch over all ranks, after its last backward pass; with fsdp this rank's alone."""
+        if self._batch_loss is None or self._batch_loss.grad is None:
+            return own_loss
+        return self._batch_loss.grad[0].double() * self._worker.world_size
+
     def take_step(self, loss: torch.Tensor, lr_factor: float) -> str | None:
         """Change the weights. Where the loss or a gradient is not finite, change nothing and name it, on all ranks.
 
-        `loss` is this rank's part of the loss of the global batch, with `exact` all of it.
+        `loss` is that of the global batch, with fsdp this rank's part of it.
         """
         scaler = self._scaler
         scaler.unscale_(self._optimizer)
@@ -143,14 +172,16 @@ class Replica:
         set_lr(self._optimizer, lr_factor)
         scaler.step(self._optimizer)  # leaves the step out after an overflow
         scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         if self._ema is not None and fault is None:
             self._ema.update()
         return None
 
     def drop_gradients(self) -> None:
-        """Forget those of a step that is not taken."""
+        """Forget those of a step, taken or not."""
         self._optimizer.zero_grad(set_to_none=True)
+        if self._batch_loss is not None:
+            self._batch_loss.grad = None
 
     def state(self) -> dict[str, StateDict]:
         """Live tensors by file of a checkpoint; with fsdp this rank's part. No collective."""
@@ -162,7 +193,7 @@ class Replica:
         if self._ema is not None:
             tensors["ema"] = fsdp.local_parts(self._ema.state()) if self.is_sharded else self._ema.state()
         scale = scaler_state(self._scaler)
-        if scale and self._worker.rank == 0:
+        if scale and (self._worker.rank == 0 or not self.is_sharded):
             tensors["scaler"] = scale
         return tensors
 
@@ -183,13 +214,13 @@ class Replica:
             raise StorageError(f"{place}: does not fit model '{self._trial.model_name}': {last_line(error)}") from error
         load_scaler(self._scaler, checkpoint.tensors("scaler") or {})
 
-    def weights_to_keep(self) -> StateDict:
-        """A copy of the weights that count, whole, on rank 0's CPU; empty on the others. With fsdp collective."""
+    def weights_to_keep(self) -> StateDict | None:
+        """A copy of the weights that count, whole, on rank 0's CPU; None on the others. With fsdp collective."""
         weights = self.module.state_dict() if self._ema is None else self._ema.state()
         if self.is_sharded:
-            return fsdp.full_tensors(weights)
+            return fsdp.full_tensors(weights) or None
         if self._worker.rank != 0:
-            return {}
+            return None
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     def _load_whole(self, checkpoint: Checkpoint) -> None:
@@ -212,10 +243,10 @@ class Replica:
             found = None if math.isfinite(torch.stack(list(norms)).sum().item()) else "norm of the gradients"
         if found is None:
             return None
-        everywhere = loss.clone()  # seldom enough to ask all ranks whose loss it was
-        if self._worker.world_size > 1 and self.exact is None:
-            dist.all_reduce(everywhere)
-        return first_non_finite(self.module, everywhere) or found
+        if self.is_sharded and self._worker.world_size > 1:  # seldom: ask all ranks whose loss it was
+            loss = loss.clone()
+            dist.all_reduce(loss)
+        return first_non_finite(self.module, loss) or found
 
     def _is_overflow(self, fault: str) -> bool:
         """Whether the scaled gradients of fp16 were too large: to be expected, the scaler then scales less."""

@@ -14,27 +14,38 @@ from bigray.data.dataset import TrainingArrays
 from bigray.errors import TrainingFailed
 from bigray.models import build_model
 from bigray.specs import METRICS, TrialSpec
-from bigray.training.checkpoint import Checkpoint, unpack_weights
+from bigray.training.checkpoint import Checkpoint, SnapshotBuffers
 from bigray.training.loop import TrialTraining, Worker
-from bigray.training.tasks import summed_loss
+from tests.loop_hooks import RecordingHooks, to_checkpoint
 
 MakeTrial = Callable[..., TrialSpec]
 UserModule = Callable[[str], str]
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def _ignore(_: Any) -> None:
-    pass
-
-
-def _begin(trial: TrialSpec, data: TrainingArrays) -> TrialTraining:
-    return TrialTraining(trial, data, 1 if trial.training.task == "regression" else 3, ALONE)
+def _begin(trial: TrialSpec, data: TrainingArrays, hooks: RecordingHooks | None = None) -> TrialTraining:
+    num_outputs = 1 if trial.training.target_kind == "regression" else 3
+    return TrialTraining(trial, data, num_outputs, ALONE, hooks or RecordingHooks())
 
 
 def _train(trial: TrialSpec, data: TrainingArrays) -> tuple[TrialTraining, list[dict[str, Any]]]:
-    training, reports = _begin(trial, data), []
-    training.train_to(trial.training.epochs, reports.append, _ignore)
-    return training, reports
+    hooks = RecordingHooks()
+    training = _begin(trial, data, hooks)
+    training.train_to(trial.training.epochs)
+    return training, hooks.reports
+
+
+def _checkpoint(training: TrialTraining) -> Checkpoint:
+    return to_checkpoint(training.snapshot(SnapshotBuffers()))
+
+
+def _resume(trial: TrialSpec, data: TrainingArrays, checkpoint: Checkpoint) -> tuple[TrialTraining, RecordingHooks]:
+    """A training that knows nothing, brought to a checkpoint and trained to the end."""
+    hooks = RecordingHooks()
+    training = _begin(trial, data, hooks)
+    training.restore(checkpoint)
+    training.train_to(trial.training.epochs)
+    return training, hooks
 
 
 def _weights(training: TrialTraining) -> dict[str, bytes]:
@@ -125,21 +136,13 @@ def test_the_gradients_of_the_workers_shares_average_to_that_of_the_whole_batch(
         torch.testing.assert_close(averaged, whole, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_the_loss_is_a_sum_over_samples(task: Any) -> None:
-    outputs = torch.randn(6, 3 if task == "classification" else 1, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(6) % 3 if task == "classification" else torch.arange(6.0)
-
-    parts = summed_loss(task, outputs[:2], targets[:2]) + summed_loss(task, outputs[2:], targets[2:])
-
-    torch.testing.assert_close(summed_loss(task, outputs, targets), parts)
-
-
 OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgd", "momentum": 0.9},
     {"optimizer": "sgd"},
     {"optimizer": "adam"},
     {"optimizer": "adamw", "weight_decay": 0.1},
+    {"optimizer": "rmsprop", "schedule": {"kind": "cosine", "warmup_steps": 3}, "ema_decay": 0.9, "clip_norm": 0.5},
+    {"exact": True, "logical_shards": 3, "micro_batch_size": 2},
 ]
 
 
@@ -151,14 +154,12 @@ def test_going_on_from_a_checkpoint_ends_in_the_same_weights_to_the_last_bit(
     uninterrupted, reports = _train(trial, blobs)
 
     first = _begin(trial, blobs)
-    first.train_to(2, _ignore, _ignore)
-    second, later_reports = _begin(trial, blobs), []
-    second.restore(first.to_checkpoint())
-    second.train_to(4, later_reports.append, _ignore)
+    first.train_to(2)
+    second, hooks = _resume(trial, blobs, _checkpoint(first))
 
     assert _weights(second) == _weights(uninterrupted)
     assert second.progress == uninterrupted.progress
-    assert [report["train_loss"] for report in later_reports] == [report["train_loss"] for report in reports[2:]]
+    assert [report["train_loss"] for report in hooks.reports] == [report["train_loss"] for report in reports[2:]]
 
 
 def test_images_and_convolutions_go_on_to_the_last_bit_too(make_trial: MakeTrial) -> None:
@@ -169,50 +170,131 @@ def test_images_and_convolutions_go_on_to_the_last_bit_too(make_trial: MakeTrial
     uninterrupted, _ = _train(trial, data)
 
     first = _begin(trial, data)
-    first.train_to(2, _ignore, _ignore)
-    second = _begin(trial, data)
-    second.restore(first.to_checkpoint())
-    second.train_to(4, _ignore, _ignore)
+    first.train_to(2)
+    second, _ = _resume(trial, data, _checkpoint(first))
 
     assert _weights(second) == _weights(uninterrupted)
 
 
-@pytest.fixture
-def timed_checkpoints(make_trial: MakeTrial, blobs: TrainingArrays) -> tuple[TrialTraining, list[Checkpoint]]:
-    """A whole run of two epochs of five steps, and a checkpoint after each step."""
-    training = _begin(make_trial(params={"hidden": [8], "dropout": 0.3}, epochs=2, checkpoint_every_s=1e-9), blobs)
-    checkpoints: list[Checkpoint] = []
-    training.train_to(2, _ignore, checkpoints.append)
-    return training, checkpoints
-
-
-def test_timed_checkpoints_are_made_inside_an_epoch(
-    timed_checkpoints: tuple[TrialTraining, list[Checkpoint]],
+def test_checkpoints_are_made_where_they_are_wished_for_and_the_last_of_an_epoch_after_its_validation(
+    make_trial: MakeTrial, blobs: TrainingArrays
 ) -> None:
-    _, checkpoints = timed_checkpoints
-    cursors = {(checkpoint.progress.epoch, checkpoint.progress.batch) for checkpoint in checkpoints}
+    hooks = RecordingHooks(save_at={2, 5, 9, 10})
+    _begin(make_trial(epochs=2), blobs, hooks).train_to(2)
+    cursors = [(saved.progress.epoch, saved.progress.batch) for saved in hooks.checkpoints]
 
-    assert {(epoch, batch) for epoch in (0, 1) for batch in (1, 2, 3, 4)} <= cursors
+    assert cursors == [(0, 2), (1, 0), (1, 4)]  # whoever called saves the end
+    assert hooks.checkpoints[1].progress.metrics == hooks.reports[0]["metrics"]
 
 
-def test_going_on_from_any_timed_checkpoint_loses_and_repeats_no_step(
-    timed_checkpoints: tuple[TrialTraining, list[Checkpoint]], blobs: TrainingArrays
+@pytest.mark.parametrize("settings", [{}, {"exact": True}, {"ema_decay": 0.9}], ids=["plain", "exact", "ema"])
+def test_going_on_from_any_step_loses_and_repeats_nothing(
+    make_trial: MakeTrial, blobs: TrainingArrays, settings: dict[str, Any]
 ) -> None:
-    uninterrupted, checkpoints = timed_checkpoints
-    for checkpoint in checkpoints:
-        resumed = _begin(uninterrupted.trial, blobs)
-        resumed.restore(checkpoint)
-        resumed.train_to(2, _ignore, _ignore)
+    """Weights, best weights, metrics and every epoch's loss to the last bit; the samples by count."""
+    trial = make_trial(params={"hidden": [8], "dropout": 0.3}, epochs=2, **settings)
+    hooks = RecordingHooks(save_at=range(100))
+    uninterrupted = _begin(trial, blobs, hooks)
+    uninterrupted.train_to(2)
+    assert len(hooks.checkpoints) == 9
 
-        assert resumed.progress == uninterrupted.progress, f"from step {checkpoint.progress.step}"
-        assert _weights(resumed) == _weights(uninterrupted), f"from step {checkpoint.progress.step}"
+    for checkpoint in hooks.checkpoints:
+        resumed, later = _resume(trial, blobs, checkpoint)
+        where = f"from step {checkpoint.progress.step}"
+        assert resumed.progress == uninterrupted.progress, where
+        assert _weights(resumed) == _weights(uninterrupted), where
+        assert _checkpoint(resumed).files == _checkpoint(uninterrupted).files, where
+        last, expected = later.reports[-1], hooks.reports[-1]
+        assert (last["train_loss"], last["metrics"]) == (expected["train_loss"], expected["metrics"]), where
+        assert (last["samples_lost"], last["samples_repeated"]) == (0, 0), where
+
+
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_a_wish_to_stop_is_followed_at_once_with_a_checkpoint_of_that_step(
+    make_trial: MakeTrial, blobs: TrainingArrays, stop_at: int
+) -> None:
+    """Also after an epoch's last step: whoever has to go does not wait for the validation."""
+    trial = make_trial(epochs=2)
+    uninterrupted, _ = _train(trial, blobs)
+    hooks = RecordingHooks(save_at={stop_at}, stop_at={stop_at})
+    training = _begin(trial, blobs, hooks)
+    training.train_to(2)
+    (checkpoint,) = hooks.checkpoints
+    assert (checkpoint.progress.batch, checkpoint.progress.step, hooks.reports) == (stop_at, stop_at, [])
+    assert training.progress == checkpoint.progress
+    assert _checkpoint(training) == checkpoint
+
+    resumed, _ = _resume(trial, blobs, checkpoint)
+
+    assert resumed.progress == uninterrupted.progress
+    assert _weights(resumed) == _weights(uninterrupted)
+
+
+def test_a_training_that_stopped_goes_on_in_memory_too(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    """As after a lost peer: the process group is another one, and module and optimizer are still there."""
+    trial = make_trial(params={"hidden": [8], "dropout": 0.3}, epochs=2)
+    uninterrupted, reports = _train(trial, blobs)
+    hooks = RecordingHooks(stop_at={3, 7})
+    training = _begin(trial, blobs, hooks)
+    for _ in range(3):
+        training.train_to(2)
+        training.rebuild(ALONE)
+
+    assert _weights(training) == _weights(uninterrupted)
+    assert training.progress == uninterrupted.progress
+    assert [report["train_loss"] for report in hooks.reports] == [report["train_loss"] for report in reports]
+
+
+def test_only_a_module_with_statistics_does_not_outlive_a_step_cut_short(
+    make_trial: MakeTrial, blobs: TrainingArrays, user_module: UserModule
+) -> None:
+    name = user_module(BATCH_NORM)
+
+    assert _begin(make_trial(f"{name}:make", {}), blobs).has_buffers
+    assert not _begin(make_trial(), blobs).has_buffers
+
+
+BATCH_NORM = """
+    from torch import nn
+    def make(shape, outputs):
+        return nn.Sequential(nn.Sequential(nn.Linear(shape[0], 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2)),
+                             nn.Linear(8, outputs))
+"""
+
+
+def test_the_ledger_finds_a_sample_that_was_lost_and_one_that_came_twice(
+    make_trial: MakeTrial, blobs: TrainingArrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted in the third batch: a row is left out, and two others are there again."""
+    from bigray.training import loop
+
+    def faulty(order: Any, batch: int, size: int) -> Any:
+        rows = global_batch(order, batch, size)
+        return np.concatenate([rows[1:], order[:2]]) if batch == 2 else rows
+
+    monkeypatch.setattr(loop, "global_batch", faulty)
+    _, reports = _train(make_trial(epochs=2), blobs)
+
+    assert [(report["samples_lost"], report["samples_repeated"]) for report in reports] == [(1, 2), (2, 4)]
+
+
+def test_accumulation_over_micro_batches_takes_the_step_of_the_whole_batch(
+    make_trial: MakeTrial, blobs: TrainingArrays
+) -> None:
+    whole, whole_reports = _train(make_trial(optimizer="sgd"), blobs)
+    parts, reports = _train(make_trial(optimizer="sgd", micro_batch_size=3), blobs)
+
+    for weight, expected in zip(parts.module.parameters(), whole.module.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    assert reports[-1]["train_loss"] == pytest.approx(whole_reports[-1]["train_loss"], rel=1e-5)
+    assert (reports[-1]["samples_lost"], reports[-1]["samples_repeated"]) == (0, 0)
 
 
 def test_training_in_two_calls_equals_training_in_one(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
     whole, _ = _train(make_trial(), blobs)
     parts = _begin(make_trial(), blobs)
     for epoch in (1, 3, 4):
-        parts.train_to(epoch, _ignore, _ignore)
+        parts.train_to(epoch)
 
     assert _weights(parts) == _weights(whole)
 
@@ -241,26 +323,26 @@ def test_a_diverging_trial_ends_as_such_without_metrics(make_trial: MakeTrial, b
     training, reports = _train(make_trial(lr=1e30, optimizer="sgd"), blobs)
 
     assert training.progress.ended == "diverged"
-    assert training.progress.epoch == 1
+    assert training.progress.epoch == 0
     assert (training.progress.metrics, training.progress.best_metrics) == ({}, {})
     assert not math.isfinite(reports[-1]["train_loss"])
+    assert all(torch.isfinite(parameter).all() for parameter in training.module.parameters())
 
 
 def test_an_ended_trial_is_not_trained_further(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
     training, _ = _train(make_trial(lr=1e30, optimizer="sgd"), blobs)
-    progress, reports = training.progress, []
-    training.train_to(4, reports.append, _ignore)
+    progress, weights = training.progress, _weights(training)
+    training.train_to(4)
 
     assert training.progress == progress
-    assert reports == []
+    assert _weights(training) == weights
 
 
 def test_validation_happens_when_it_is_due_and_after_the_last_epoch(
     make_trial: MakeTrial, blobs: TrainingArrays
 ) -> None:
-    training = _begin(make_trial(epochs=5, val_every=2), blobs)
-    seen: list[dict[str, float]] = []
-    training.train_to(5, lambda report: seen.append(report["metrics"]), _ignore)
+    _, reports = _train(make_trial(epochs=5, val_every=2), blobs)
+    seen = [report["metrics"] for report in reports]
 
     assert seen[0] == {}
     assert seen[1] == seen[2] != seen[3]
@@ -274,16 +356,15 @@ def test_the_weights_of_the_best_epoch_are_kept(make_trial: MakeTrial, blobs: Tr
     best = int(np.argmin(losses))
     assert best < 7, "the trial must get worse for this test to tell something"
 
-    checkpoint = training.to_checkpoint()
+    checkpoint = _checkpoint(training)
     assert (checkpoint.progress.best_epoch, checkpoint.progress.best_step) == (best + 1, (best + 1) * 5)
     assert checkpoint.progress.best_metrics == reports[best]["metrics"]
 
-    training.module.load_state_dict(unpack_weights(checkpoint.best_weights))
+    training.module.load_state_dict(checkpoint.tensors(checkpoint.best_file()) or {})
     assert training.evaluate() == reports[best]["metrics"]
 
-    resumed = _begin(training.trial, blobs)
-    resumed.restore(checkpoint)
-    assert resumed.to_checkpoint().best_weights == checkpoint.best_weights
+    resumed, _ = _resume(training.trial, blobs, checkpoint)
+    assert _checkpoint(resumed).files == checkpoint.files
 
 
 def test_an_equal_metric_with_a_lower_loss_is_better(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
