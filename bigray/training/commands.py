@@ -35,6 +35,16 @@ Command = TrainTo | ExportBundle | Stop
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What a group is asked to do at the end of a step, by all its ranks at the same one."""
+
+    save: bool = False
+    """Take a checkpoint."""
+    stop: bool = False
+    """Return from training after that."""
+
+
+@dataclass(frozen=True)
 class TrialState:
     """Where a trial stands when its group hands it back."""
 
@@ -65,8 +75,9 @@ class Event:
     """Something that happened, on its way to the journal and the screen."""
 
     kind: str
-    """From workers: resumed, epoch, checkpoint, warning. From who drives them: started, state, failed, bundle. To the
-    listener only: starting, resuming, complete, groups, exporting, ranked."""
+    """From workers: resumed, epoch, checkpoint, warning. From the switchboard: lost, regrouped, hang. From who drives
+    them: started, state, failed, bundle. To the listener only: starting, resuming, complete, groups, exporting,
+    ranked."""
     trial_id: str
     values: dict[str, Any] = field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """Worker groups as the driver sees them: start, lend out, end.
 
-A group is one Ray Train run (`TorchTrainer`) whose workers stay up and train trial after trial; Ray Train places them,
-sets up the process group, and restarts them when one dies.
+A group is one Ray Train run (`TorchTrainer`) whose workers stay up and train trial after trial; Ray Train places them
+and replaces one that dies.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import contextlib
 import importlib
 import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -25,6 +25,15 @@ from bigray.training.setup import GroupSetup
 from bigray.training.switchboard import Switchboard
 
 STOP_TIMEOUT_S = 20.0
+HOLD_TIMEOUT_S = 20.0
+"""For the checkpoints that are committed when the driver is told to end."""
+DRAIN_WATCH_EVERY_S = 1.0
+RESIZE_EVERY_S = 5.0
+"""How often an elastic group looks whether the cluster has changed (Ray: 60 s)."""
+SPARE_DELAY_S = 15.0
+"""A short run does without a spare process: starting one would slow it more than it can save."""
+CONTROLLER_FAILURES = 3
+NO_GROUP = -1
 
 
 @dataclass(frozen=True)
@@ -54,66 +63,60 @@ def preload() -> threading.Thread:
 
 @contextlib.contextmanager
 def open_groups(
-    count: int, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int, num_commands: int
+    count: int, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int
 ) -> Iterator[WorkerGroups]:
     """Hold `count` groups for the length of a `with` block (driver). They start in the background.
 
-    The training arrays go into the object store once. Each of `num_commands` may fail by its own error, which restarts
-    its group, without using up the deaths that `scaling.max_failures` allows.
+    The training arrays go into the object store once. On Ctrl-C or SIGTERM the groups commit a checkpoint first.
     """
     # no CPU of its own: the groups' workers may hold every CPU there is; on the driver's node, whose end ends the run
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
-    switchboard = ray.remote(**options)(Switchboard).remote(count)
-    data = ray.put(dataset.arrays)
-    with tempfile.TemporaryDirectory(prefix="bigray-train-", ignore_cleanup_errors=True) as scratch:
-        threads = [
-            threading.Thread(
-                target=_run_group,
-                args=(
-                    _setup(group, switchboard, data, scaling, dataset, paths, attempt),
-                    scaling,
-                    num_commands,
-                    scratch,
-                ),
-                name=f"worker-group-{group}",
-                daemon=True,
-            )
-            for group in range(count)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            yield WorkerGroups(switchboard, count)
-        except Exception:
-            _stop(switchboard, threads)
-            raise
-        except BaseException:
-            # Ctrl-C: the workers may be hours from their next command, so they are not waited for; they end with
-            # this process's connection, or on finding the switchboard gone
-            ray.kill(switchboard)
-            raise
-        _stop(switchboard, threads)
-
-
-def _setup(
-    group: int, switchboard: Any, data: Any, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int
-) -> GroupSetup:
-    return GroupSetup(
-        group=group,
+    switchboard = ray.remote(**options)(Switchboard).remote(count, scaling.max_failures)
+    setup = GroupSetup(
+        group=NO_GROUP,
         switchboard=switchboard,
-        data=data,
+        data=ray.put(dataset.arrays),
         num_outputs=dataset.outputs.num_outputs,
         paths=paths,
         attempt=attempt,
         threads_per_worker=max(1, int(scaling.cpus_per_worker)),
     )
+    is_over = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="bigray-train-", ignore_cleanup_errors=True) as scratch:
+        groups = [
+            _start_thread(f"worker-group-{group}", _run_group, replace(setup, group=group), scaling, scratch)
+            for group in range(count)
+        ]
+        _start_thread("drain-watch", _watch_drains, switchboard, is_over)
+        if scaling.warm_spare and not scaling.gpus_per_worker:
+            _start_thread("spare", _keep_spare, setup, is_over)
+        try:
+            yield WorkerGroups(switchboard, count)
+        except Exception:
+            _stop(switchboard, groups)
+            raise
+        except BaseException:
+            # Ctrl-C: the workers may be hours from their next command, so they are not waited for once their state is
+            # safe; they end with this process's connection, or on finding the switchboard gone
+            _hold_all(switchboard)
+            ray.kill(switchboard)
+            raise
+        finally:
+            is_over.set()
+        _stop(switchboard, groups)
 
 
-def _run_group(setup: GroupSetup, scaling: ScalingSpec, num_commands: int, scratch: str) -> None:
+def _start_thread(name: str, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> None:
     """One group's whole life (a driver thread; `fit` blocks until its workers leave the command loop)."""
     try:
-        _make_trainer(setup, scaling, num_commands, scratch).fit()
+        _make_trainer(setup, scaling, scratch).fit()
         message = "the worker group was stopped"
     except Exception as error:  # whatever ends the run must reach those who wait for the group
         message = f"worker group {setup.group} ended: {last_line(error)}"
@@ -121,23 +124,30 @@ def _run_group(setup: GroupSetup, scaling: ScalingSpec, num_commands: int, scrat
         ray.get(setup.switchboard.group_ended.remote(setup.group, message))
 
 
-def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, num_commands: int, scratch: str) -> Any:
+def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from bigray.training.backend import GroupConfig
     from bigray.training.worker import run_worker
 
     return TorchTrainer(
         run_worker,
         train_loop_config={"setup": setup},
         scaling_config=_scaling_config(scaling),
-        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker > 0 else "gloo"),
+        torch_config=GroupConfig(
+            backend="nccl" if scaling.gpus_per_worker > 0 else "gloo",
+            switchboard=setup.switchboard,
+            group=setup.group,
+            is_elastic=scaling.is_elastic,
+        ),
         run_config=RunConfig(
             # Train keeps no checkpoint of ours: this folder holds only its own bookkeeping
             name=f"group-{setup.group}",
             storage_path=scratch,
-            # a group that cannot be placed must end with an error, not wait for ever (Ray's default)
-            failure_config=FailureConfig(max_failures=scaling.max_failures + num_commands, controller_failure_limit=3),
+            # the switchboard counts deaths, for each trial; but a group that cannot be placed must end with an error,
+            # not wait for ever (Ray's default)
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=CONTROLLER_FAILURES),
         ),
     )
 
@@ -149,8 +159,45 @@ def _scaling_config(scaling: ScalingSpec) -> Any:
     if scaling.gpus_per_worker > 0:
         resources["GPU"] = scaling.gpus_per_worker
     return ScalingConfig(
-        num_workers=scaling.num_workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
     )
+
+
+def _watch_drains(switchboard: Any, is_over: threading.Event) -> None:
+    """Tell the switchboard of nodes that are about to go away (a driver thread)."""
+    from ray._private import state
+
+    told: set[str] = set()
+    while not is_over.wait(DRAIN_WATCH_EVERY_S):
+        try:
+            draining = set(state.state.get_draining_nodes())  # Ray Train's own watcher asks the same way
+            if draining != told:
+                ray.get(switchboard.drain.remote(sorted(draining)))
+                told = draining
+        except ray.exceptions.RayError:  # the switchboard is gone: the run is being ended
+            return
+
+
+def _keep_spare(setup: GroupSetup, is_over: threading.Event) -> None:
+    """Start a spare process for a run that lasts (a driver thread): its imports are seconds of a core."""
+    from bigray.training.worker import SpareWorker
+
+    try:
+        ray.get(setup.switchboard.all_seated.remote())
+        if is_over.wait(SPARE_DELAY_S):
+            return
+        spare = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(SpareWorker).remote()
+        ray.get(spare.serve.remote(setup))
+    except ray.exceptions.RayError:  # it has served its time, or the run is being ended
+        return
+
+
+def _hold_all(switchboard: Any) -> None:
+    with contextlib.suppress(ray.exceptions.RayError):  # the cluster is gone: the last commit stands
+        ray.get(switchboard.hold_all.remote(HOLD_TIMEOUT_S), timeout=HOLD_TIMEOUT_S + 5)
 
 
 def _stop(switchboard: Any, threads: list[threading.Thread]) -> None:

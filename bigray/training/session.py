@@ -75,7 +75,7 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     journal = Journal.open(paths)
     journal.append("attempt", plan=plan.to_json())
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
-    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt, len(request.trials)) as groups:
+    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
         with _event_stream(groups, journal, listener):
             drive(groups, request.trials)
         winner = _winner(request, paths)

@@ -13,6 +13,7 @@ class GroupSetup:
     """Sent to each worker by Ray Train."""
 
     group: int
+    """-1 for a spare, which serves any."""
     switchboard: Any
     """Actor handle of `Switchboard`."""
     data: Any

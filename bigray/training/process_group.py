@@ -1,0 +1,116 @@
+"""The process group of one generation of a worker group: formed in milliseconds among live processes, left at once.
+
+Ray Train's own setup of `torch.distributed` lasts as long as its workers; ours is formed anew, among the survivors and
+a replacement, each time a worker is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from bigray.training.membership import Place
+
+FORMING_TIMEOUT_S = 20.0
+"""A member that dies while the group forms holds up the others for this long."""
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Of a collective in training, where ranks may wait for the slowest; who hangs is found by other means long before."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where rank 0 keeps the store through which the ranks find each other."""
+
+    host: str
+    port: int
+
+
+@contextlib.contextmanager
+def process_group(
+    place: Place, backend: str, publish: Callable[[Address], None], look_up: Callable[[], Address]
+) -> Iterator[None]:
+    """Hold the default process group of a generation (worker).
+
+    Rank 0 opens the store and publishes its address; the others look it up. On the way out, whatever the reason, the
+    connections are shut down, so that no peer goes on waiting for this rank in a collective.
+    """
+    before = _sockets()
+    timeout = timedelta(seconds=FORMING_TIMEOUT_S)
+    if place.rank == 0:
+        store = TCPStore(place.members[0].node_ip, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        address = Address(store.host, store.port)
+        publish(address)
+    else:
+        address = look_up()
+        store = TCPStore(address.host, address.port, is_master=False, timeout=timeout)
+    _set_environment(place, address)
+    try:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        opened = {fd: inode for fd, inode in _sockets().items() if before.get(fd) != inode}
+        _set_pg_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+        yield
+    finally:
+        if dist.is_initialized():
+            if backend == "nccl":
+                dist.distributed_c10d._abort_process_group()  # not run on a GPU
+            else:
+                _hang_up(opened)
+                dist.destroy_process_group()
+
+
+def _set_environment(place: Place, address: Address) -> None:
+    """What torchrun sets, which Accelerate, Lightning and others read."""
+    os.environ |= {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(len(place.neighbours)),
+        "NODE_RANK": str(place.node_rank),
+        "MASTER_ADDR": address.host,
+        "MASTER_PORT": str(address.port),
+    }
+
+
+def _sockets() -> dict[int, int]:
+    """Open sockets of this process: file descriptor -> inode, which tells a descriptor used again from the first."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed while we looked, as is the folder's own descriptor
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found[int(name)] = status.st_ino
+    return found
+
+
+def _hang_up(sockets: dict[int, int]) -> None:
+    """Shut down the connections the group opened.
+
+    Gloo closes them only when the last reference to the group is gone, which a traceback or a DDP wrapper may hold; a
+    peer inside a collective would wait for as long. Once shut down, it raises within milliseconds.
+    """
+    current = _sockets()
+    for descriptor, inode in sockets.items():
+        if current.get(descriptor) != inode:
+            continue
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if not is_listening and connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def broadcast_object(value: Any, source: int, world_size: int, group: dist.ProcessGroup | None) -> Any:
+    """`value` of rank `source` on every rank. `group` is a gloo group where the default one is on GPUs."""
+    box = [value]
+    if world_size > 1:
+        dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
