@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bigray.errors import SpecError, TrainingFailed
 from bigray.models.resolve import load_factory
-from bigray.specs import METRICS, BuiltInTask, TrainingSpec
+from bigray.specs import METRICS, TrainingSpec
 
 if TYPE_CHECKING:
     import torch
@@ -253,25 +253,3 @@ def _metric_faults(metrics: Mapping[str, torchmetrics.Metric]) -> Iterator[str]:
             yield f"'{name}': state '{not_sums[0]}' of {kind} is not a sum over samples, so workers cannot add it up"
         elif not metric.metric_state:
             yield f"'{name}': {kind} has no states of its own; give the metrics that it wraps"
-
-
-# --- asked by task name, for the loop as it is
-
-
-def summed_loss(task: BuiltInTask, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum over the samples: cross-entropy of logits (rows, classes), or squared error of (rows, 1)."""
-    return validation_losses(_plain(task), outputs, targets).sum()
-
-
-def make_metrics(task: BuiltInTask, num_outputs: int) -> torchmetrics.MetricCollection:
-    """The task's validation metrics under the names of `bigray.specs.METRICS`."""
-    return metric_collection(_plain(task), num_outputs)
-
-
-def to_predictions(task: BuiltInTask, outputs: torch.Tensor) -> torch.Tensor:
-    """Model outputs -> what the metrics compare with the targets."""
-    return _plain(task).predict(outputs)
-
-
-def _plain(task: BuiltInTask) -> Task:
-    return Classification() if task == "classification" else Regression()
