@@ -26,25 +26,20 @@ class CheckpointSaver:
     A write that fails is raised by the next `submit` or `wait`, once; what was still waiting behind it is given up.
     """
 
-    def __init__(
-        self,
-        paths: RunPaths,
-        trial: TrialSpec,
-        attempt: int,
-        on_saved: Callable[[int], None],
-        *,
-        resumed_from: int | None = None,
-    ) -> None:
-        """`resumed_from`: step of the checkpoint this training went on from. Those after it were damaged, and are not
-        counted among the ones to keep; None where that is not known."""
+    def __init__(self, paths: RunPaths, trial: TrialSpec, attempt: int, on_saved: Callable[[int], None]) -> None:
         self._paths, self._trial, self._attempt, self._on_saved = paths, trial, attempt, on_saved
-        self._resumed_from = resumed_from
+        self._resumed_from: int | None = None
         self._free: queue.SimpleQueue[SnapshotBuffers] = queue.SimpleQueue()
         for _ in range(MAX_SNAPSHOTS):
             self._free.put(SnapshotBuffers())
         self._waiting: queue.Queue[tuple[Snapshot, SnapshotBuffers] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+
+    def go_on_from(self, step: int) -> None:
+        """Tell which checkpoint was loaded: newer ones are damaged, and not counted among those to keep (no write is
+        under way)."""
+        self._resumed_from = step
 
     def has_room(self) -> bool:
         """False while two snapshots are in memory: a timed checkpoint is then left out rather than waited for."""
@@ -116,7 +111,7 @@ class CheckpointSaver:
             self._on_saved(snapshot.progress.step)
 
     def _steps_gone_back_behind(self) -> Collection[int]:
-        """Known at the first save only: all that is committed and newer than where the training went on from."""
+        """At the first save since `go_on_from`: all that is committed and newer."""
         if self._resumed_from is None:
             return ()
         return [step for step in committed_steps(self._paths, self._trial.trial_id) if step > self._resumed_from]

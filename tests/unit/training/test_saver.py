@@ -264,7 +264,8 @@ def test_a_checkpoint_found_damaged_at_the_start_is_not_counted_among_those_kept
 ) -> None:
     for step in (10, 20):
         save_checkpoint(paths, trial, 1, Progress(step=step), {"model.safetensors": pack_tensors({})})
-    saver = CheckpointSaver(paths, trial, 2, lambda _: None, resumed_from=10)
+    saver = CheckpointSaver(paths, trial, 2, lambda _: None)
+    saver.go_on_from(10)
 
     saver.submit(_take(30))
     saver.wait()
