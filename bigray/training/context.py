@@ -310,9 +310,6 @@ class LoopTraining:
     Every rank makes the same calls in the same order. Only rank 0 keeps the record, the best weights and checkpoints.
     """
 
-    has_buffers = True
-    """A loop that was broken off cannot go on from memory: after `rebuild`, `restore` what was last saved."""
-
     def __init__(
         self, trial: TrialSpec, data: TrainingArrays, num_outputs: int, worker: Worker, hooks: LoopHooks
     ) -> None:
@@ -377,9 +374,9 @@ class LoopTraining:
         self.best_weights = checkpoint.tensors(checkpoint.best_file()) if is_needed else None
 
     def rebuild(self, worker: Worker) -> None:
-        """A new process group: the loop was broken off, so the next `train_to` calls it again.
+        """A new process group: the loop was broken off, and the next `train_to` calls it again.
 
-        What it had reported since its last checkpoint is forgotten, on every rank alike.
+        It cannot go on from memory: `restore` what was last saved. Until then all is forgotten, on every rank alike.
         """
         self.worker = worker
         self.progress, self.best_weights, self._checkpoint = Progress(), None, None
