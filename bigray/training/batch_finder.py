@@ -28,7 +28,7 @@ from bigray.paths import RunPaths
 from bigray.specs import TrialSpec, digest
 from bigray.training.fsdp import shard_module
 from bigray.training.loop import Worker
-from bigray.training.memory import host_memory, peak_growth_bytes, resident_bytes, shown
+from bigray.training.memory import host_memory, peak_growth_bytes, shown
 from bigray.training.optimization import make_optimizer, make_scaler
 from bigray.training.recomputation import recompute_blocks
 from bigray.training.tasks import load_task, sample_losses
@@ -162,9 +162,12 @@ def largest_that_fits(
 
 
 def forecast(peaks: dict[int, float], rows: int) -> float:
-    """Peak of a step on `rows`, on the line through the two largest sizes measured; one alone draws no line."""
+    """Peak of a step on `rows`, on the line through the two largest sizes measured; one alone draws no line.
+
+    With none measured nothing speaks against a try.
+    """
     if not peaks:
-        return 0.0
+        return -math.inf
     *smaller, last = sorted(peaks)
     if not smaller:
         return peaks[last]
@@ -211,20 +214,17 @@ class _TrialCopy:
 
 
 class _CpuMeter:
-    """Resident memory of this process above where it was once the copy had made its first step."""
+    """Resident memory that a step takes above the model. Not what stays after it: libraries keep a little a shape."""
 
     def __init__(self, device: torch.device, workers_here: int) -> None:
         self._workers_here = workers_here
-        self._baseline_bytes: int | None = None
 
     def budget_bytes(self) -> float:
         return CPU_SHARE * host_memory().free_bytes / self._workers_here
 
     def peak_bytes(self, step: Callable[[], None]) -> float:
-        if self._baseline_bytes is None:
-            self._baseline_bytes = resident_bytes()
         try:
-            return peak_growth_bytes(step, self._baseline_bytes)
+            return peak_growth_bytes(step)
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # the CPU allocator has no exception of its own
                 raise

@@ -58,29 +58,24 @@ def _groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
                 yield (mount.joinpath(*parts[:depth]), *names)
 
 
-def peak_growth_bytes(work: Callable[[], None], baseline_bytes: int) -> int:
-    """Do `work` and return how far this process's resident memory rose above `baseline_bytes` meanwhile.
+def peak_growth_bytes(work: Callable[[], None]) -> int:
+    """Do `work` and return how far this process's resident memory rose meanwhile above where it was before.
 
     The kernel's own high-water mark is set back before, where that is permitted; elsewhere a thread looks every 2 ms
     and can miss a short peak.
     """
-    give_back_free_memory()
+    _give_back_free_memory()
+    before = _status_bytes("VmRSS")
     if _reset_high_water_mark():
         work()
-        return max(0, _status_bytes("VmHWM") - baseline_bytes)
+        return max(0, _status_bytes("VmHWM") - before)
     with _Sampler() as sampler:
         work()
-    return max(0, sampler.peak_bytes - baseline_bytes)
+    return max(0, sampler.peak_bytes - before)
 
 
-def resident_bytes() -> int:
-    """Memory this process holds in RAM now, without what its allocator keeps for later."""
-    give_back_free_memory()
-    return _status_bytes("VmRSS")
-
-
-def give_back_free_memory() -> None:
-    """Return to the system what was freed; otherwise the next measurement counts it as in use (glibc only)."""
+def _give_back_free_memory() -> None:
+    """Return to the system what was freed: memory that is used again would not show as a rise (glibc only)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -101,7 +101,7 @@ def test_ranks_with_different_memory_try_the_same_sizes_and_agree_on_the_smaller
 
 
 def test_a_forecast_is_a_line_through_the_last_two_sizes() -> None:
-    assert forecast({}, 8) == 0.0
+    assert forecast({}, 8) == -math.inf
     assert forecast({4: 10.0}, 8) == 10.0
     assert forecast({2: 7.0, 4: 10.0, 8: 14.0}, 16) == 22.0
     assert forecast({4: 10.0, 8: 9.0}, 16) == 9.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigray.training import memory
-from bigray.training.memory import HostMemory, host_memory, peak_growth_bytes, resident_bytes, shown
+from bigray.training.memory import HostMemory, host_memory, peak_growth_bytes, shown
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -73,10 +73,10 @@ def test_the_peak_of_a_piece_of_work_is_seen_also_when_it_is_over(
         for _ in range(5):  # long enough for a thread that looks now and then
             torch.ones(64 * MIB, dtype=torch.uint8)
 
-    growth = peak_growth_bytes(work, resident_bytes())
+    growth = peak_growth_bytes(work)
 
     assert 60 * MIB < growth < 80 * MIB
-    assert peak_growth_bytes(lambda: None, resident_bytes()) < 8 * MIB
+    assert peak_growth_bytes(lambda: None) < 8 * MIB
 
 
 @pytest.mark.parametrize(
