@@ -1,4 +1,7 @@
-"""A Hugging Face Accelerate script, as `accelerate launch` would run it; the lines that ask the context are marked."""
+"""A Hugging Face Accelerate script, as `accelerate launch` would run it; the lines that ask the context are marked.
+
+One thing it must leave out: `accelerator.end_training()`, which ends the process group, and here the group lives on.
+"""
 
 import torch
 from accelerate import Accelerator
