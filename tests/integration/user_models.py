@@ -34,3 +34,16 @@ def slow_mlp(input_shape: tuple[int, ...], num_outputs: int, delay_s: float = 0.
 
 def not_a_module(input_shape: tuple[int, ...], num_outputs: int) -> dict[str, int]:
     return {"outputs": num_outputs}
+
+
+def batch_norm_net(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    """Convolution and batch norm on images (rows, H, W)."""
+    height, width = input_shape
+    return nn.Sequential(
+        nn.Unflatten(1, (1, height)),
+        nn.Conv2d(1, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * (height - 2) * (width - 2), num_outputs),
+    )

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch.nn import functional
 
 from bigray.data.batches import epoch_order, global_batch, worker_share
 from bigray.data.dataset import TrainingArrays
-from bigray.errors import TrainingFailed
+from bigray.errors import StorageError, TrainingFailed
 from bigray.models import build_model
 from bigray.specs import METRICS, TrialSpec
 from bigray.training.checkpoint import Checkpoint, SnapshotBuffers
 from bigray.training.loop import TrialTraining, Worker
+from bigray.training.tensor_files import pack_tensors
 from tests.loop_hooks import RecordingHooks, to_checkpoint
 
 MakeTrial = Callable[..., TrialSpec]
@@ -409,3 +411,293 @@ def test_frozen_weights_stay_as_they_are(make_trial: MakeTrial, blobs: TrainingA
     after = _weights(_train(trial, blobs)[0])
 
     assert {key for key in before if before[key] == after[key]} == {"0.weight", "0.bias"}
+
+
+# --- what the gradients become
+
+
+def _linear(make_trial: MakeTrial, **settings: Any) -> TrialSpec:
+    """Linear regression by SGD: what it does can be written by hand."""
+    return make_trial("bigray.models:linear", {}, task="regression", optimizer="sgd", **settings)
+
+
+def _parameters(training: TrialTraining) -> np.ndarray[Any, Any]:
+    return np.concatenate([tensor.detach().numpy().ravel() for tensor in training.module.parameters()])
+
+
+def _by_hand(line: TrainingArrays, num_steps: int) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Weights and their gradient at each step of the first epoch, in float64; send the next weights."""
+    x, y = np.column_stack([line.x_train, np.ones(70)]).astype(np.float64), line.y_train.astype(np.float64)
+    order, weights = epoch_order(0, 0, 70), np.zeros(4)
+    for step in range(num_steps):
+        rows = global_batch(order, step, 16)
+        change = yield weights, 2 * x[rows].T @ (x[rows] @ weights - y[rows]) / max(1, len(rows))
+        weights = weights + change
+
+
+def test_class_weights_give_the_weighted_mean_of_each_batch(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    """One process, float64, torch's own weighted cross-entropy; the last batch is a partial one."""
+    class_weights = (0.2, 1.0, 3.0)
+    settings = {"optimizer": "sgd", "class_weights": class_weights, "label_smoothing": 0.1, "epochs": 1}
+    training, reports = _train(make_trial("bigray.models:linear", {}, **settings), blobs)
+
+    module = build_model("bigray.models:linear", {}, (4,), 3).double()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    x, y, weight = (
+        torch.from_numpy(blobs.x_train).double(),
+        torch.from_numpy(blobs.y_train),
+        torch.tensor(class_weights),
+    )
+    losses, order = 0.0, epoch_order(0, 0, 70)
+    for batch in range(5):
+        rows = global_batch(order, batch, 16)
+        loss = functional.cross_entropy(module(x[rows]), y[rows], weight=weight.double(), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses += loss.item() * weight[y[rows]].double().sum().item()
+
+    for trained, expected in zip(training.module.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(trained.double(), expected, rtol=1e-5, atol=1e-6)
+    assert reports[0]["train_loss"] == pytest.approx(losses / weight[y].double().sum().item(), rel=1e-6)
+
+
+def test_the_rate_follows_the_schedule_and_gradients_are_clipped(make_trial: MakeTrial, line: TrainingArrays) -> None:
+    """Warm-up over two steps, then linear to zero over all five; no gradient longer than 0.5."""
+    schedule = {"kind": "linear", "warmup_steps": 2}
+    training, _ = _train(_linear(make_trial, schedule=schedule, clip_norm=0.5, epochs=1), line)
+
+    steps = _by_hand(line, 6)
+    weights, gradient = next(steps)
+    for factor in (1 / 3, 2 / 3, 1.0, 0.5, 0.0):
+        norm = np.linalg.norm(gradient)
+        weights, gradient = steps.send(-0.05 * factor * gradient * min(1.0, 0.5 / norm))
+    np.testing.assert_allclose(_parameters(training), weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_averaged_weights_are_what_is_validated_and_kept(make_trial: MakeTrial, line: TrainingArrays) -> None:
+    training, reports = _train(_linear(make_trial, ema_decay=0.7, epochs=1), line)
+
+    steps, average = _by_hand(line, 6), np.zeros(4)
+    _, gradient = next(steps)
+    for _ in range(5):
+        weights, gradient = steps.send(-0.05 * gradient)
+        average = 0.7 * average + 0.3 * weights
+    np.testing.assert_allclose(_parameters(training), weights, rtol=1e-5, atol=1e-6)
+
+    checkpoint = _checkpoint(training)
+    kept = checkpoint.tensors(checkpoint.best_file()) or {}
+    flat = np.concatenate([kept[name].numpy().ravel() for name, _ in training.module.named_parameters()])
+    np.testing.assert_allclose(flat, average, rtol=1e-5)
+    outputs = line.x_val.astype(np.float64) @ average[:3] + average[3]
+    assert reports[0]["metrics"]["val_mse"] == pytest.approx(np.mean((outputs - line.y_val) ** 2), rel=1e-4)
+
+
+def test_each_part_can_have_a_seed_of_its_own(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    settings = {"params": {"hidden": [8], "dropout": 0.3}, "epochs": 1}
+    usual = _weights(_train(make_trial(**settings), blobs)[0])
+    same = {"weights": 0, "order": 0, "steps": 0}
+
+    assert _weights(_train(make_trial(seed=9, seeds=same, **settings), blobs)[0]) == usual
+    for part in same:
+        assert _weights(_train(make_trial(seeds={part: 9}, **settings), blobs)[0]) != usual, part
+    begun = _weights(_begin(make_trial(seeds={"order": 9, "steps": 9}, **settings), blobs))
+    assert begun == _weights(_begin(make_trial(**settings), blobs))
+
+
+# --- what is not finite
+
+
+def _with_nan(data: TrainingArrays, row: int) -> TrainingArrays:
+    x = data.x_train.copy()
+    x[row] = math.nan
+    return replace(data, x_train=x)
+
+
+def test_a_nan_ends_the_trial_before_the_step_and_names_it(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    bad_row = int(epoch_order(0, 0, 70)[20])  # rows 16 to 31 of the order are the second step's
+    hooks = RecordingHooks(save_at=range(100))
+    training = _begin(make_trial(), _with_nan(blobs, bad_row), hooks)
+    training.train_to(4)
+
+    assert training.progress.ended == "diverged"
+    assert (training.progress.epoch, training.progress.step) == (0, 1)
+    assert hooks.reports[-1]["reason"] == "step 2: loss is not finite"
+    assert hooks.reports[-1]["ended"] == "diverged"
+    assert all(torch.isfinite(parameter).all() for parameter in training.module.parameters())
+    assert _checkpoint(training).progress.ended == "diverged"
+
+
+def test_an_infinite_loss_with_finite_gradients_is_found_too(make_trial: MakeTrial, line: TrainingArrays) -> None:
+    """1e30 squared is infinite in float32, its slope is not."""
+    y = line.y_train.copy()
+    y[0] = 1e30
+    training, reports = _train(_linear(make_trial), replace(line, y_train=y))
+
+    assert training.progress.ended == "diverged"
+    assert reports[-1]["reason"].endswith("loss is not finite")
+
+
+def test_a_bad_gradient_is_named_by_its_parameter(
+    make_trial: MakeTrial, blobs: TrainingArrays, user_module: UserModule
+) -> None:
+    """The square root of 0 has an infinite slope, and the loss is fine."""
+    name = user_module(
+        """
+        import torch
+        from torch import nn
+        class Net(nn.Module):
+            def __init__(self, width, outputs):
+                super().__init__()
+                self.head, self.scale = nn.Linear(width, outputs), nn.Parameter(torch.zeros(1))
+            def forward(self, x):
+                return self.head(x) + self.scale.sqrt()
+        def make(shape, outputs): return Net(shape[0], outputs)
+        """
+    )
+    _, reports = _train(make_trial(f"{name}:make", {}), blobs)
+
+    assert reports[-1]["reason"] == "step 1: gradient of 'scale' is not finite"
+
+
+def _rolling_back(make_trial: MakeTrial, lr: float, **policy: Any) -> TrialSpec:
+    return _linear(make_trial, lr=lr, on_non_finite={"policy": "rollback", **policy})
+
+
+def test_a_trial_goes_back_to_its_last_checkpoint_with_a_lower_rate(
+    make_trial: MakeTrial, line: TrainingArrays
+) -> None:
+    """The checkpoint is of a sound trial; at a rate of 1e30 the steps after it overflow, until the rate is low."""
+    trial = _rolling_back(make_trial, 1e30, lr_factor=1e-16)
+    good = RecordingHooks(save_at={2})
+    _begin(_linear(make_trial), line, good).train_to(1)
+    hooks = RecordingHooks()
+    hooks.checkpoints = good.checkpoints
+    training = _begin(trial, line, hooks)
+    training.restore(good.checkpoints[0])
+    training.train_to(4)
+
+    assert training.progress.ended == "finished"
+    assert (training.progress.rollbacks, training.progress.lr_scale) == (2, pytest.approx(1e-32))
+    assert training.progress.step == 20
+    assert len(hooks.warnings) == 2
+    assert "is not finite; going back to step 2 with 1e-16 x the learning rate" in hooks.warnings[0]
+    assert (training.progress.samples_lost, training.progress.samples_repeated) == (0, 0)
+
+
+def test_without_a_checkpoint_a_trial_goes_back_to_its_beginning(make_trial: MakeTrial, line: TrainingArrays) -> None:
+    rolled_back, reports = _train(_rolling_back(make_trial, 1e30, lr_factor=5e-32), line)
+    straight, straight_reports = _train(_linear(make_trial, lr=1e30 * 5e-32), line)
+
+    assert rolled_back.progress.rollbacks == 1
+    np.testing.assert_allclose(_parameters(rolled_back), _parameters(straight), rtol=1e-6)
+    assert [report["epoch"] for report in reports] == [report["epoch"] for report in straight_reports]
+
+
+def test_a_trial_goes_back_a_limited_number_of_times(make_trial: MakeTrial, line: TrainingArrays) -> None:
+    training, reports = _train(_rolling_back(make_trial, 1e30, max_rollbacks=2), line)
+
+    assert training.progress.ended == "diverged"
+    assert training.progress.rollbacks == 2
+    assert "is not finite" in reports[-1]["reason"]
+
+
+# --- how the steps are computed
+
+
+def test_fp16_scales_the_loss_and_takes_its_scale_along(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    trial = make_trial(precision="fp16", epochs=8)
+    uninterrupted, reports = _train(trial, blobs)
+    first = _begin(trial, blobs)
+    first.train_to(4)
+    checkpoint = _checkpoint(first)
+    resumed, _ = _resume(trial, blobs, checkpoint)
+
+    assert reports[-1]["train_loss"] < reports[0]["train_loss"]
+    assert checkpoint.tensors("scaler")
+    assert _weights(resumed) == _weights(uninterrupted)
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_left_out_and_its_samples_count(
+    make_trial: MakeTrial, blobs: TrainingArrays
+) -> None:
+    """At a scale of 2 to the power of 127 the first gradients overflow; the scaler halves it until they do not."""
+    trial = make_trial(precision="fp16", epochs=1)
+    training, hooks = _begin(trial, blobs), RecordingHooks()
+    checkpoint = _checkpoint(training)
+    scale = {"scale": torch.tensor(2.0**127, dtype=torch.float64), "growth_tracker": torch.tensor(0)}
+    training = _begin(trial, blobs, hooks)
+    training.restore(replace(checkpoint, files={**checkpoint.files, "scaler.safetensors": pack_tensors(scale)}))
+    training.train_to(1)
+    after = _checkpoint(training).tensors("scaler") or {}
+
+    assert (training.progress.ended, training.progress.step) == ("finished", 5)
+    assert after["scale"] < 2.0**127
+    assert (hooks.reports[0]["samples_lost"], hooks.reports[0]["samples_repeated"]) == (0, 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"exact": True}], ids=["plain", "exact"])
+def test_gradient_checkpointing_changes_no_bit(
+    make_trial: MakeTrial, blobs: TrainingArrays, user_module: UserModule, settings: dict[str, Any]
+) -> None:
+    """With dropout and batch norm: random numbers and statistics of the second pass are those of the first."""
+    factory = f"{user_module(BATCH_NORM)}:make"
+    usual = _train(make_trial(factory, {}, epochs=2, **settings), blobs)[0]
+    again = _train(make_trial(factory, {}, epochs=2, gradient_checkpointing=True, **settings), blobs)[0]
+
+    assert _weights(again) == _weights(usual)
+
+
+def test_a_compiled_model_is_trained_and_saved_under_its_own_names(
+    make_trial: MakeTrial, blobs: TrainingArrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler itself takes seconds; what counts here is that the loop calls what it returns."""
+    calls: list[int] = []
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = module
+
+        def forward(self, x: torch.Tensor) -> Any:
+            calls.append(len(x))
+            return self._orig_mod(x)
+
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: Compiled(module))
+    usual, _ = _train(make_trial(), blobs)
+    compiled, _ = _train(make_trial(compile=True), blobs)
+
+    assert calls == [16, 16, 16, 16, 6] * 4
+    assert _checkpoint(compiled).files == _checkpoint(usual).files
+
+
+def test_a_model_that_cannot_be_compiled_is_told_in_one_line(
+    make_trial: MakeTrial, blobs: TrainingArrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: torch.fx.GraphModule, __: Any) -> Any:
+        raise RuntimeError("no kernels today")
+
+    compile_module = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: compile_module(module, backend=fail))
+
+    with pytest.raises(
+        TrainingFailed, match=r"^training\.compile: torch\.compile cannot take model 'net': .*"
+    ) as caught:
+        _train(make_trial(compile=True), blobs)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("set compile = false")
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    other = _checkpoint(_begin(make_trial(params={"hidden": [9]}), blobs))
+
+    with pytest.raises(StorageError, match=r"checkpoint of step 0: does not fit model 'net': .*") as caught:
+        _begin(make_trial(), blobs).restore(other)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_step_is_heard_of_in_each_of_its_phases(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    hooks = RecordingHooks()
+    _begin(make_trial(epochs=1), blobs, hooks).train_to(1)
+
+    assert hooks.phases == ["forward", "backward", "step"] * 5 + ["validation"] * 8
