@@ -13,10 +13,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from bigray.data.dataset import TrainingArrays
 from bigray.errors import StorageError, TrainingFailed
+from bigray.paths import RunPaths
+from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
 from bigray.storage import open_storage, read_folder
+from bigray.training.checkpoint import Checkpoint, load_checkpoint
+from bigray.training.commands import Wish
 from bigray.training.fsdp import full_weights, load_tensors, local_tensors, new_shard, shard_module, whole
-from bigray.training.loop import Worker
+from bigray.training.loop import TrialTraining, Worker
+from bigray.training.saver import CheckpointSaver
 from bigray.training.sharded import commit_shard
 
 ROWS, BATCH, CLIP_NORM = 24, 8, 0.5
@@ -75,12 +81,76 @@ def run(rank: int, folder: str) -> None:
     results: dict[str, Any] = {}
     for name in OPTIMIZERS:
         _train_across_world_sizes(rank, Path(folder), name)
+    _train_trial_across_world_sizes(rank, Path(folder))
     worker = _join(Path(folder), "last", rank, 2)
     results["refusals"] = _refusals(worker, Path(folder))
     results["bf16"] = _bf16_outputs(worker)
     if rank == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def make_trial(strategy: str) -> TrialSpec:
+    settings = {"task": "classification", "strategy": strategy, "optimizer": "sgd", "lr": 0.1, "ema_decay": 0.5}
+    return TrialSpec(
+        trial_id="0-net",
+        model_name="net",
+        model=ModelSpec(factory="bigray.models:mlp", params={"hidden": [7]}),
+        training=TrainingSpec.model_validate({**settings, "epochs": 3, "global_batch_size": BATCH}),
+        seed=0,
+    )
+
+
+def make_data() -> TrainingArrays:
+    x, y = (tensor.numpy() for tensor in rows_and_targets())
+    return TrainingArrays(x, y, x[:5], y[:5])
+
+
+class Hooks:
+    """Saves when told to and loads what was saved, as a worker does."""
+
+    def __init__(self, paths: RunPaths, trial: TrialSpec, worker: Worker) -> None:
+        self.paths, self.trial, self.worker = paths, trial, worker
+        self.saver = CheckpointSaver(paths, trial, 1, on_saved=lambda step: None)
+
+    def tick(self, phase: str) -> None: ...
+
+    def exchange(self, step: int) -> Wish:
+        return Wish(save=step % 2 == 0)  # in the middle of epochs of three steps
+
+    def on_epoch(self, report: dict[str, Any]) -> None: ...
+
+    def on_checkpoint(self, take: Any) -> None:
+        self.saver.submit(take)
+
+    def restore_last(self) -> Checkpoint | None:
+        box = [load_checkpoint(self.paths, self.trial, self.warn) if self.worker.rank == 0 else None]
+        if self.worker.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+def _train_trial_across_world_sizes(rank: int, folder: Path) -> None:
+    """The whole way of a trial: an epoch as two workers, one as one, one as two, each from what the last one saved."""
+    trial, paths = make_trial("fsdp"), RunPaths(open_storage(folder / "run"), "run")
+    for epoch, world_size in enumerate((2, 1, 2), start=1):
+        if rank >= world_size:
+            continue
+        worker = _join(folder, f"trial-{epoch}", rank, world_size)
+        hooks = Hooks(paths, trial, worker)
+        training = TrialTraining(trial, make_data(), 3, worker, hooks)
+        if (checkpoint := hooks.restore_last()) is not None:
+            training.restore(checkpoint)
+        assert training.progress.epoch == epoch - 1
+        training.train_to(epoch)
+        hooks.on_checkpoint(training.snapshot)
+        hooks.saver.wait()
+        hooks.saver.close()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _train_across_world_sizes(rank: int, folder: Path, optimizer: str) -> None:

@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 import torch.multiprocessing as multiprocessing
 
+from bigray.paths import RunPaths
 from bigray.storage import MANIFEST, open_storage, read_folder
+from bigray.training.checkpoint import SnapshotBuffers, load_checkpoint
 from tests.integration import fsdp_ranks
 
 
@@ -49,6 +51,26 @@ def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torc
         torch.cat([weights[name].double().reshape(-1) for name in sorted(expected)]) for weights in (found, expected)
     )
     return float(torch.linalg.norm(a - b) / torch.linalg.norm(b))
+
+
+def test_a_trial_saved_and_resumed_at_other_world_sizes_equals_one_that_never_stopped(folder: Path) -> None:
+    """The loop, the savers of all ranks, loading and the weights an export takes, against one plain process."""
+    plain = fsdp_ranks.make_trial("ddp")
+    paths = RunPaths(open_storage(folder / "plain"), "plain")
+    alone = fsdp_ranks.Worker(0, 1, torch.device("cpu"))
+    training = fsdp_ranks.TrialTraining(plain, fsdp_ranks.make_data(), 3, alone, fsdp_ranks.Hooks(paths, plain, alone))
+    training.train_to(3)
+    expected = training.snapshot(SnapshotBuffers())
+    found = load_checkpoint(RunPaths(open_storage(folder / "run"), "run"), fsdp_ranks.make_trial("fsdp"), pytest.fail)
+
+    assert found is not None
+    assert (found.progress.step, found.progress.samples_lost, found.progress.samples_repeated) == (9, 0, 0)
+    for stem in ("model", "ema"):
+        assert relative_difference(found.tensors(stem) or {}, dict(expected.tensors[stem])) <= 1e-6
+    assert found.progress.metrics == pytest.approx(expected.progress.metrics, rel=1e-5)
+    assert {name for name in found.files if name.startswith("ema")} == {
+        f"ema-0000{part}-of-00002.safetensors" for part in (1, 2)
+    }
 
 
 def test_each_rank_writes_its_own_files_and_one_manifest_names_them_all(folder: Path) -> None:
