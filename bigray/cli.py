@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from bigray.errors import BigrayError, ClusterError, last_line
+from bigray.termination import EXIT_CODE, Terminated, terminated_by_signal
 
 if TYPE_CHECKING:
     from bigray.results import Leaderboard
@@ -46,6 +47,9 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             console.say("interrupted; the same command goes on where it stopped")
             sys.exit(130)
+        except Terminated:
+            console.say("told to end (SIGTERM); the same command goes on where it stopped")
+            sys.exit(EXIT_CODE)
 
 
 def _is_rays(error: Exception) -> bool:
@@ -292,7 +296,7 @@ def _execute(
     from bigray.training.runner import train_request
     from bigray.tuning.runner import tune_request
 
-    with console.run_view(quiet=as_json) as view:
+    with console.run_view(quiet=as_json) as view, terminated_by_signal():
 
         def listen(event: Event) -> None:
             view(event)

@@ -104,6 +104,7 @@ def print_leaderboard(board: Leaderboard) -> None:
         f"{board.metric} {winner.metrics[board.metric]:.4f}   {board.wall_s:.1f} s",
         soft_wrap=True,
     )
+    out.print(f"samples lost {board.samples_lost:,}, repeated {board.samples_repeated:,}")
     out.print(f"bundle: {board.bundle.uri}", soft_wrap=True, markup=False)
 
 
@@ -233,10 +234,23 @@ def _headline(event: Event) -> str | None:
             return f"{values['run']} is complete already; reading its results (--new runs it again)"
         case "warning":
             return f"warning: {event.trial_id}: {values['text']}"
+        case "lost":
+            place = f"rank {values['rank']} (pid {values['pid']} on {values['node']})"
+            return f"lost a worker{_of(event)}: {place}, {values['how']}"
+        case "hang":
+            return f"hang{_of(event)}: {values['text']}"
+        case "regrouped":
+            return f"the group goes on with {values['workers']} workers{_of(event)}"
+        case "resumed":
+            return f"{event.trial_id}: goes on at step {values['step']:,}, from {values['from']}"
         case "failed":
             return f"{event.trial_id} failed: {values['error']}"
         case _:
             return None
+
+
+def _of(event: Event) -> str:
+    return f" of {event.trial_id}" if event.trial_id else ""
 
 
 def _epoch_line(row: TrialProgress, metric: str) -> str:

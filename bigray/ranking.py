@@ -67,4 +67,6 @@ def _result(trial: TrialSpec, state: Mapping[str, Any] | None, error: str | None
         # a failed trial's newest checkpoint may be past its last report: it cannot win by metrics of other weights
         metrics={} if error else dict(state.get("best_metrics", {})),
         error=error,
+        samples_lost=state.get("samples_lost", 0),
+        samples_repeated=state.get("samples_repeated", 0),
     )

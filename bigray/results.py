@@ -27,6 +27,10 @@ class TrialResult:
     metrics: dict[str, float]
     """Validation metrics at `best_epoch`; empty for a trial that failed or diverged before it had any."""
     error: str | None = None
+    samples_lost: int = 0
+    """Rows of complete epochs that took part in no step, as counted where they were loaded."""
+    samples_repeated: int = 0
+    """Times a row took part again in an epoch."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,16 @@ class Leaderboard:
         """The best trial: the model to deploy is this trial at its `best_step`."""
         return self.trials[0]
 
+    @property
+    def samples_lost(self) -> int:
+        """Over all trials."""
+        return sum(trial.samples_lost for trial in self.trials)
+
+    @property
+    def samples_repeated(self) -> int:
+        """Over all trials."""
+        return sum(trial.samples_repeated for trial in self.trials)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "run": self.run_id,
@@ -56,6 +70,8 @@ class Leaderboard:
             "metric": self.metric,
             "mode": self.mode,
             "wall_s": round(self.wall_s, 2),
+            "samples_lost": self.samples_lost,
+            "samples_repeated": self.samples_repeated,
             "winner": asdict(self.winner),
             "trials": [asdict(trial) for trial in self.trials],
         }

@@ -80,6 +80,9 @@ class Progress:
             best_epoch=self.best_epoch,
             best_step=self.best_step,
             best_metrics=self.best_metrics,
+            samples_lost=self.samples_lost,
+            samples_repeated=self.samples_repeated,
+            rollbacks=self.rollbacks,
             improvements=self.improvements,
         )
 

@@ -58,6 +58,12 @@ class TrialState:
     best_step: int
     best_metrics: dict[str, float]
     """Of the best epoch so far by the trial's selection metric; empty when none was validated."""
+    samples_lost: int = 0
+    """Training rows that took part in no step of their epoch, over the complete epochs; 0, or something is wrong."""
+    samples_repeated: int = 0
+    """Times a row took part again in an epoch."""
+    rollbacks: int = 0
+    """Times the trial went back because of a NaN or an infinity."""
     improvements: tuple[tuple[int, float], ...] = ()
     """Each epoch that was the best so far, with its value of the selection metric, in order."""
 

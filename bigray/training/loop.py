@@ -383,7 +383,7 @@ class TrialTraining:
         self._replica.load_state(checkpoint)
         is_first = self.worker.rank == 0
         self.best_weights = None
-        if self._record.best_metrics and is_first:
+        if self._record.best_metrics and (is_first or (self.worker.rank == 1 and not self._replica.is_sharded)):
             self.best_weights = checkpoint.tensors(checkpoint.best_file())
         samples = checkpoint.tensors("samples")
         self._go_on_counting(self._planned_counts() if samples is None else samples["counts"].numpy())

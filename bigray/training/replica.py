@@ -215,11 +215,14 @@ class Replica:
         load_scaler(self._scaler, checkpoint.tensors("scaler") or {})
 
     def weights_to_keep(self) -> StateDict | None:
-        """A copy of the weights that count, whole, on rank 0's CPU; None on the others. With fsdp collective."""
+        """A copy of the weights that count, whole, on the CPU of ranks 0 and 1, so that one may be lost.
+
+        None on the others. With fsdp collective, and on rank 0 alone.
+        """
         weights = self.module.state_dict() if self._ema is None else self._ema.state()
         if self.is_sharded:
             return fsdp.full_tensors(weights) or None
-        if self._worker.rank != 0:
+        if self._worker.rank > 1:
             return None
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 

@@ -31,6 +31,7 @@ from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, open_storage
 from bigray.training.commands import Event, ExportBundle
 from bigray.training.groups import WorkerGroups, open_groups, preload
+from bigray.training.housekeeping import Housekeeping
 from bigray.training.request import RunRequest
 from bigray.training.switchboard import ask
 
@@ -72,18 +73,21 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     job = request.job
     plan = _plan(request, connected_capacity())
     paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
+    earlier = list(read_journal(paths))
     journal = Journal.open(paths)
+    housekeeping = Housekeeping(paths, request.trials, journal.attempt, earlier)
     journal.append("attempt", plan=plan.to_json())
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
     with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
-        with _event_stream(groups, journal, listener):
+        with _event_stream(groups, journal, housekeeping, listener):
             drive(groups, request.trials)
         winner = _winner(request, paths)
         listener(Event("exporting", winner.trial_id))
-        with _event_stream(groups, journal, listener):
+        with _event_stream(groups, journal, housekeeping, listener):
             _export(request, groups, paths, winner)
     journal.append("completed", winner.trial_id)
     journal.flush(force=True)
+    housekeeping.finish()
 
 
 def _plan(request: RunRequest, capacity: Any) -> Any:
@@ -115,7 +119,9 @@ def _tell_start(
 
 
 @contextlib.contextmanager
-def _event_stream(groups: WorkerGroups, journal: Journal, listener: Listener) -> Iterator[None]:
+def _event_stream(
+    groups: WorkerGroups, journal: Journal, housekeeping: Housekeeping, listener: Listener
+) -> Iterator[None]:
     """Carry events from the switchboard to the journal and the listener while the block runs (a driver thread)."""
     ended = threading.Event()
     errors: list[Exception] = []
@@ -124,10 +130,10 @@ def _event_stream(groups: WorkerGroups, journal: Journal, listener: Listener) ->
         while True:
             is_last_round = ended.is_set()
             events = ask(groups.switchboard.take_events.remote(0.0 if is_last_round else 0.5))
-            for event in events:
-                journal.append(event.kind, event.trial_id, **event.values)
+            journal.append_all(events)
             for event in events:
                 listener(event)
+            housekeeping.note(events)
             journal.flush(force=is_last_round)
             if is_last_round:
                 return

@@ -61,9 +61,22 @@ def run_worker(config: dict[str, Any]) -> None:
 class SpareWorker:
     """Ray actor: an idle process with everything imported, which takes the seat of a worker that died (CPU only)."""
 
+    def __init__(self) -> None:
+        _import_what_is_imported_late()
+
     def serve(self, setup: GroupSetup) -> None:
         """Wait for a seat in any group, and serve there; returns when the run is over."""
         _serve(setup, None, _this_process(None, 0), torch.device("cpu"))
+
+
+def _import_what_is_imported_late() -> None:
+    """Metrics, and what the first step of an optimizer imports: two seconds of a core."""
+    import torchmetrics.classification
+    import torchmetrics.regression  # noqa: F401
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.AdamW([parameter], fused=True).step()
 
 
 def _this_process(slot: int | None, num_slots: int) -> Member:

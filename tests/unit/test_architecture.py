@@ -17,7 +17,7 @@ import bigray
 PACKAGE = Path(bigray.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "specs", "storage", "paths", "results", "presets"}),
+    frozenset({"errors", "specs", "storage", "paths", "results", "presets", "termination"}),
     frozenset({"journal", "bundle", "data", "models", "ranking", "loading", "inference"}),
     frozenset({"cluster"}),
     frozenset({"training", "progress"}),
