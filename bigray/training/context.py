@@ -228,7 +228,8 @@ class LoopContext:
         rank, after the epoch's `report`; rank 0's state is what is saved.
 
         Raises:
-            TrainingFailed: something in `extra` can only be kept by pickle, which bigray does not use.
+            TrainingFailed: something in `extra` can only be kept by pickle, which bigray does not use; or the best
+                report came without its weights.
             StorageError: an earlier checkpoint could not be written.
         """
         self._hooks.tick("save")
@@ -245,6 +246,8 @@ class LoopContext:
         weights = _weights_of(model)
         if training.best_weights is None and record.best_metrics and record.best_epoch == record.epoch == epoch:
             training.best_weights = training.copy_weights(model)
+        if fault := training.missing_weights():
+            raise TrainingFailed(f"{training.name} saves {fault}")
         training.saved_epoch, training.saved_step = epoch, step
 
         def take(buffers: SnapshotBuffers) -> Snapshot:
@@ -412,6 +415,13 @@ class LoopTraining:
             )
         return weights
 
+    def missing_weights(self) -> str | None:
+        """That the best report came without its weights, as the end of a sentence (rank 0)."""
+        if not self.record.best_metrics or self.best_weights is not None:
+            return None
+        epoch = self.record.best_epoch
+        return f"without the weights of its best report (epoch {epoch}); call context.report(..., model=module)"
+
     def of_rank_0(self, value: Any) -> Any:
         """Rank 0's value, on every rank. Collective."""
         if self.worker.world_size == 1:
@@ -434,12 +444,8 @@ class LoopTraining:
             if context.is_stopping:
                 return None
             return f"returned without a report; call context.report(...) with '{metric}'"
-        if self.record.best_metrics and self.best_weights is None:
-            return (
-                f"returned without the weights of its best report (epoch {self.record.best_epoch}); "
-                "call context.report(..., model=module)"
-            )
-        return None
+        fault = self.missing_weights()
+        return None if fault is None else f"returned {fault}"
 
     def _ended(self, context: LoopContext) -> str | None:
         """Why the trial cannot go on, or None (rank 0)."""

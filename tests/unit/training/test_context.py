@@ -541,6 +541,12 @@ def _no_weights(context: LoopContext) -> None:
     context.report({"val_f1": 0.5}, epoch=1)
 
 
+def _late_save(context: LoopContext) -> None:
+    context.report({"val_f1": 0.5}, epoch=1)
+    context.report({"val_f1": 0.4}, epoch=2)
+    context.save(epoch=2, model=context.build_model())  # not those of epoch 1: a resumed trial would export them
+
+
 def _other_model(context: LoopContext) -> None:
     context.report({"val_f1": 0.5}, epoch=1, model=torch.nn.Linear(4, 3))
 
@@ -560,6 +566,7 @@ def _pickle(context: LoopContext) -> None:
         (_no_metric, r"loop 'my\.mod:train': the report of epoch 1 has no 'val_f1', .*; it has val_loss, lr\. "),
         (_no_number, r"the report of epoch 1 holds a value that is not a number: .*'high'"),
         (_no_weights, r"without the weights of its best report \(epoch 1\); call context\.report\(\.\.\., model="),
+        (_late_save, r"loop 'my\.mod:train' saves without the weights of its best report \(epoch 1\); call"),
         (_other_model, r"model: '1\.bias' is absent, expected \(8,\) as 'bigray\.models:mlp' makes it"),
         (_epoch_zero, r"context\.batches got epoch 0; epochs count from 1"),
         (_pickle, r"context\.save: extra\['callback'\] is a builtin_function_or_method; only tensors"),
