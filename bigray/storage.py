@@ -212,7 +212,8 @@ def commit_folder(
             before_commit()
         write_manifest(storage, folder, {**manifest, "files": entries})
     except DiskFull:
-        _give_up(storage, folder, entries)
+        if not _may_be_committed(storage, folder, entries):
+            _give_up(storage, folder, entries)
         raise
 
 
@@ -232,6 +233,14 @@ def write_files(storage: Storage, folder: str, files: Mapping[str, Content], tok
         _give_up(storage, folder, entries)
         raise
     return entries
+
+
+def _may_be_committed(storage: Storage, folder: str, entries: Mapping[str, Any]) -> bool:
+    """Whether the manifest took effect though writing it failed: it is renamed before the folder is synced."""
+    try:
+        return storage.exists(f"{folder}/{MANIFEST}") and read_manifest(storage, folder)["files"] == entries
+    except StorageError:
+        return True
 
 
 def _give_up(storage: Storage, folder: str, entries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -68,7 +68,7 @@ def _save_part(
     )
     if is_first:
         remove_leftovers(paths.storage, folder, read_manifest(paths.storage, folder))
-        _drop_unkept(paths, trial, step, stale)
+        _drop_unkept(paths, trial, attempt, step, stale)
 
 
 def save_checkpoint(
@@ -104,7 +104,7 @@ def save_checkpoint(
         paths.fence(attempt)  # who took over has removed our unfinished files: that is the story then
         raise
     remove_leftovers(paths.storage, folder, read_manifest(paths.storage, folder))
-    _drop_unkept(paths, trial, step, stale)
+    _drop_unkept(paths, trial, attempt, step, stale)
 
 
 def remove_dead(paths: RunPaths, trial_id: str) -> None:
@@ -154,10 +154,20 @@ def trim_trial(paths: RunPaths, trial_id: str, attempt: int) -> None:
         raise StorageError(f"{paths.storage.uri}/{paths.trial(trial_id)}: expected a readable {PROGRESS}, found none")
 
 
-def _drop_unkept(paths: RunPaths, trial: TrialSpec, saved: int, stale: Collection[int]) -> None:
+def _drop_unkept(paths: RunPaths, trial: TrialSpec, attempt: int, saved: int, stale: Collection[int]) -> None:
     committed = committed_steps(paths, trial.trial_id)
-    for step in checkpoints_to_drop(committed, saved, trial.training.keep.last, stale):
+    # what an earlier attempt left after this step was no good: this attempt has gone back behind it
+    behind = [s for s in committed if s > saved and _attempt_of(paths, trial, s) < attempt]
+    dropped = checkpoints_to_drop(committed, saved, trial.training.keep.last, {*stale, *behind})
+    paths.fence(attempt)
+    for step in dropped:
         paths.storage.delete_folder(paths.checkpoint(trial.trial_id, step))
+
+
+def _attempt_of(paths: RunPaths, trial: TrialSpec, step: int) -> int:
+    """The attempt that wrote a checkpoint; 0 where that cannot be read any more."""
+    manifest = _readable_manifest(paths, paths.checkpoint(trial.trial_id, step)) or {}
+    return int(manifest.get("attempt", 0))
 
 
 def _manifest(trial: TrialSpec, attempt: int, step: int) -> dict[str, Any]:

@@ -10,16 +10,17 @@ from bigray.results import TrialResult
 
 
 def checkpoints_to_drop(
-    committed: Iterable[int], saved: int, keep_last: int, stale: Collection[int] = ()
+    committed: Collection[int], saved: int, keep_last: int, stale: Collection[int] = ()
 ) -> tuple[int, ...]:
     """Steps of a trial whose checkpoints go now that step `saved` is committed, oldest first.
 
-    The newest `keep_last` stay. What is stale does not count among them and goes; so does what has a higher step than
-    `saved`: the trial went back behind it. The best weights need no protection, each checkpoint holds them.
+    The newest `keep_last` up to `saved` stay, and what is stale goes without being counted. A step after `saved` that
+    is not stale is left alone: somebody else's, further on. The best weights need no protection, each checkpoint holds
+    them.
     """
-    usable = sorted(step for step in committed if step <= saved and (step == saved or step not in stale))
-    kept = usable[-keep_last:]
-    return tuple(sorted(set(committed) - set(kept)))
+    usable = sorted(step for step in committed if step == saved or step not in stale)
+    kept = {*[step for step in usable if step <= saved][-keep_last:], *(step for step in usable if step > saved)}
+    return tuple(sorted(set(committed) - kept))
 
 
 def trials_to_trim(

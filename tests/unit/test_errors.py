@@ -13,6 +13,7 @@ from bigray.errors import (
     CorruptFile,
     DeployError,
     DiskFull,
+    Preempted,
     SpecError,
     StorageError,
     TrainingFailed,
@@ -30,6 +31,7 @@ EXAMPLES = [
     CorruptFile("runs/a.safetensors", "12", "no file", what="size"),
     DiskFull("runs: cannot write: No space left on device; free some, then run the same command again"),
     ClusterError("10.0.0.1:6379: nobody answers"),
+    Preempted("worker 1: its node is going away"),
     DeployError("not healthy"),
 ]
 
@@ -61,6 +63,7 @@ def test_every_error_of_the_tree_is_among_the_examples() -> None:
         (CorruptFile, 4),
         (DiskFull, 4),
         (ClusterError, 5),
+        (Preempted, 5),
         (DeployError, 6),
     ],
 )

@@ -254,6 +254,26 @@ def test_a_commit_for_which_the_disk_is_too_small_gives_its_space_back(
     assert _tokens(storage) == {"a-1.bin"}
 
 
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_disk_that_is_full_at_any_sync_leaves_the_old_folder_or_the_new_one(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Syncing the folder comes after the rename: the manifest can be in place though the write of it has failed."""
+    commit_folder(storage, "ckpt", {"a.bin": b"old", "b.bin": b"old"}, {}, token="1")
+    calls: list[int] = []
+
+    def fail_once(_: int) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(DiskFull):
+        commit_folder(storage, "ckpt", {"a.bin": b"new", "b.bin": b"new"}, {}, token="2")
+
+    assert set(read_folder(storage, "ckpt").files.values()) == ({b"new"} if number == 6 else {b"old"})
+
+
 def test_who_is_reading_a_file_while_it_is_written_again_sees_the_old_content_whole(storage: Storage) -> None:
     storage.write_bytes("a.txt", b"old content")
     with (Path(storage.root) / "a.txt").open("rb") as reader:

@@ -5,10 +5,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
 import torch
+from pyarrow import fs
 
 from bigray.errors import DiskFull, StorageError
 from bigray.journal import Journal
@@ -25,6 +27,25 @@ MakeTrial = Callable[..., TrialSpec]
 @pytest.fixture
 def trial(make_trial: MakeTrial) -> TrialSpec:
     return make_trial()
+
+
+class ObjectStore:
+    """Local files as an object store shows them: no folders to make, and nothing of a file before it is closed."""
+
+    def __init__(self) -> None:
+        self._local = fs.LocalFileSystem()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._local, name)
+
+    def open_output_stream(self, path: str) -> Any:
+        self._local.create_dir(str(Path(path).parent))
+        return self._local.open_output_stream(path)
+
+
+@pytest.fixture
+def remote(paths: RunPaths) -> RunPaths:
+    return RunPaths(Storage(ObjectStore(), paths.storage.root, "s3://bucket/run"), "run")
 
 
 def _files(step: int) -> dict[str, bytes]:
@@ -131,6 +152,15 @@ def test_a_checkpoint_just_saved_outlives_unusable_ones_of_higher_steps(paths: R
 
     assert _loaded_step(paths, trial) == 10
     assert paths.checkpoint_steps(trial.trial_id) == [10]
+
+
+def test_a_late_save_of_the_same_attempt_does_not_delete_what_is_further_on(paths: RunPaths, trial: TrialSpec) -> None:
+    """A worker that was replaced, and cut off from whoever wanted to end it, may still be writing."""
+    _save(paths, trial, 30, 40)
+
+    _save(paths, trial, 10)
+
+    assert paths.checkpoint_steps(trial.trial_id) == [40, 30, 10]
 
 
 def test_a_damaged_checkpoint_is_not_counted_among_those_kept(paths: RunPaths, make_trial: MakeTrial) -> None:
@@ -292,6 +322,30 @@ def test_the_record_is_made_from_the_newest_checkpoint_that_has_a_good_one(paths
     trim_trial(paths, trial.trial_id, 1)
 
     assert _loaded_step(paths, trial) == 1
+
+
+def test_an_object_store_is_saved_to_read_from_and_tidied_alike(remote: RunPaths, trial: TrialSpec) -> None:
+    _save(remote, trial, 1, 2, 3)
+    (_folder(remote, trial, 2) / MANIFEST).unlink()
+    _save(remote, trial, 4, 4)
+    assert (remote.checkpoint_steps(trial.trial_id), _loaded_step(remote, trial)) == ([4, 3], 4)
+    assert len(list(_folder(remote, trial, 4).iterdir())) == 3
+
+    _damage(remote, trial, 4)
+    assert _loaded_step(remote, trial) == 3
+
+    trim_trial(remote, trial.trial_id, 1)
+    assert remote.checkpoint_steps(trial.trial_id) == [4]
+
+
+def test_an_attempt_that_was_taken_over_does_not_commit_to_an_object_store(remote: RunPaths, trial: TrialSpec) -> None:
+    for _ in range(2):
+        Journal.open(remote).flush(force=True)
+
+    with pytest.raises(StorageError, match="attempt 2 has taken over this run; this process is attempt 1"):
+        _save(remote, trial, 3, attempt=1)
+
+    assert remote.checkpoint_steps(trial.trial_id) == []
 
 
 def test_a_trial_without_a_readable_record_is_left_alone_and_told(paths: RunPaths, trial: TrialSpec) -> None:

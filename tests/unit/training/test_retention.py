@@ -15,11 +15,11 @@ from bigray.training.retention import checkpoints_to_drop, trials_to_trim
         ([4, 3], 4, 2, ()),
         ([4, 3, 2, 1], 4, 2, (1, 2)),
         ([4, 3, 2, 1], 4, 1, (1, 2, 3)),
-        ([9, 4, 3], 4, 2, (9,)),
-        ([9, 8, 4, 3, 2], 4, 1, (2, 3, 8, 9)),
+        ([9, 4, 3], 4, 2, ()),
+        ([9, 8, 4, 3, 2], 4, 1, (2, 3)),
     ],
 )
-def test_the_newest_stay_and_what_is_past_the_saved_step_goes(
+def test_the_newest_up_to_the_saved_step_stay_and_what_is_further_on_is_left_alone(
     committed: list[int], saved: int, keep_last: int, dropped: tuple[int, ...]
 ) -> None:
     assert checkpoints_to_drop(committed, saved, keep_last) == dropped
@@ -27,6 +27,10 @@ def test_the_newest_stay_and_what_is_past_the_saved_step_goes(
 
 def test_what_the_trial_went_back_behind_is_not_counted_among_those_kept() -> None:
     assert checkpoints_to_drop([4, 3, 2, 1], 4, 2, stale=[2, 3]) == (2, 3)
+
+
+def test_what_is_further_on_goes_where_the_trial_went_back_behind_it() -> None:
+    assert checkpoints_to_drop([9, 8, 4, 3], 4, 2, stale=[9]) == (9,)
 
 
 def test_a_step_saved_again_is_not_stale_any_more() -> None:

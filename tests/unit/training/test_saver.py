@@ -196,7 +196,7 @@ def test_a_write_that_failed_is_told_by_the_next_submit(
 def test_what_waits_behind_a_write_that_failed_is_given_up(
     saver: CheckpointSaver, gate: Gate, monkeypatch: pytest.MonkeyPatch, saved: list[int]
 ) -> None:
-    _fail_writing(monkeypatch, OSError(errno.EIO, "Input/output error"), times=1)
+    _fail_writing(monkeypatch, OSError(errno.EIO, "Input/output error"), times=1, name="progress")
     saver.submit(_take(1))
     saver.submit(_take(2))
     gate.open()
