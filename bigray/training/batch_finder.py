@@ -5,7 +5,7 @@ halved down to an eighth. A size is tried only where a line through the last two
 the machine is not driven out of memory to find out. All ranks try the same sizes, and one "no" counts for all.
 
 Memory decides, not speed: on a CPU a smaller batch is often as fast, and any very large one may learn worse for each
-epoch. Where that matters, give a number.
+epoch. Where that matters, give a number. For a loop of one's own the step that is tried is bigray's.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigray.errors import StorageError
 from bigray.storage import Content, Storage, write_files, write_manifest
-from bigray.training.tensor_files import check_tensor_file
+from bigray.training.tensor_files import check_tensor_file, dtype_of
 
 if TYPE_CHECKING:
     import torch
@@ -168,27 +168,9 @@ def _header(data: bytes, place: str) -> tuple[dict[str, Any], int]:
 def _tensor(data: memoryview, entry: Mapping[str, Any], start: int) -> torch.Tensor:
     import torch
 
-    dtype, shape = _dtypes()[entry["dtype"]], entry["shape"]
+    dtype, shape = dtype_of(entry["dtype"]), entry["shape"]
     first, _ = entry["data_offsets"]
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)
     raw = bytearray(data[start + first : start + entry["data_offsets"][1]])  # a copy: tensors are writable
     return torch.frombuffer(raw, dtype=dtype).reshape(shape)
-
-
-def _dtypes() -> dict[str, torch.dtype]:
-    """Safetensors' names of the types that weights and optimizer state come in."""
-    import torch
-
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }

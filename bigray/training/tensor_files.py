@@ -111,6 +111,14 @@ def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
     return start, end
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that has this name in the format, of a file that `check_tensor_file` has passed."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, next(key for key, value in _DTYPES.items() if value == name))
+    return dtype
+
+
 def _dtype_name(name: str, tensor: torch.Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
