@@ -221,12 +221,12 @@ class TrialTraining:
         seed_generator(self.worker.device, step_seed(self._steps_seed, self._record.epoch, batch, part, micro))
         x, y = self._load(self.data.x_train, rows), self._load(self.data.y_train, rows)
 
-        def compute_loss(outputs: torch.Tensor) -> torch.Tensor:
-            loss = sample_losses(self._task, outputs, y).sum()
+        def compute_losses(outputs: torch.Tensor) -> torch.Tensor:
+            losses = sample_losses(self._task, outputs, y)
             self.hooks.tick("backward")
-            return loss
+            return losses
 
-        return self._replica.forward_and_backward(x, compute_loss, scale)
+        return self._replica.forward_and_backward(x, compute_losses, scale)
 
     def _end_epoch(self, num_samples: int, started: float) -> None:
         """Add up what the ranks counted, validate where it is due, decide whether the trial has ended, and report."""

@@ -40,7 +40,7 @@ _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _WithBatchLoss(torch.nn.Module):
-    """A network for DDP with one parameter more, whose gradient is the loss: DDP averages that along with the others."""
+    """A network for DDP with one parameter more, whose gradient is the loss: DDP then averages that too."""
 
     def __init__(self, network: torch.nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -123,27 +123,29 @@ class Replica:
         return self._forward(self.module, x)
 
     def forward_and_backward(
-        self, x: torch.Tensor, compute_loss: Callable[[torch.Tensor], torch.Tensor], scale: float
+        self, x: torch.Tensor, compute_losses: Callable[[torch.Tensor], torch.Tensor], scale: float
     ) -> torch.Tensor:
-        """Add the gradient of `scale` times the loss (a scalar) of these rows to `.grad`; returns the loss, in float64.
+        """Add the gradient of `scale` times the sum of these rows' losses to `.grad`; returns that sum, in float64.
 
-        With a scale of 0 it takes part in what the other ranks do, and nothing more.
+        `compute_losses` gives (rows,) from the outputs. With a scale of 0 this takes part in what the other ranks do,
+        and nothing more.
         """
         assert self._wrapped is not None, "connect first"
         try:
-            loss = compute_loss(self._forward(self._wrapped, x))
+            losses = compute_losses(self._forward(self._wrapped, x))
+            total = losses.detach().sum()
             # times 0, a loss that is NaN or infinite is NaN: it then reaches every gradient, and with them every rank
-            value = loss.detach()
-            roots, gradients = [loss], [self._scaler.scale(value * 0.0 + scale)]
+            gradient = total.mul(0.0).add_(scale).expand_as(losses)
+            roots, gradients = [losses], [self._scaler.scale(gradient)]
             if self._batch_loss is not None:
                 roots.append(self._batch_loss)
-                gradients.append(value.float().reshape(1) * bool(scale))
+                gradients.append(total.float().reshape(1) if scale else torch.zeros_like(self._batch_loss))
             torch.autograd.backward(roots, gradients)
         except Exception as error:
             if not _is_compiler_error(error):
                 raise
             raise TrainingFailed(_no_compile(self._trial, error)) from error
-        return value.double() * bool(scale)
+        return total.double() if scale else total.new_zeros((), dtype=torch.float64)
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
         """For all micro-batches but the last: their gradients stay on this rank (sharded ones are added up sharded)."""
@@ -179,7 +181,8 @@ class Replica:
 
     def drop_gradients(self) -> None:
         """Forget those of a step, taken or not."""
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         if self._batch_loss is not None:
             self._batch_loss.grad = None
 
@@ -243,7 +246,9 @@ class Replica:
             found = first_non_finite(self.module, torch.zeros_like(loss))
         else:
             norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
-            found = None if math.isfinite(torch.stack(list(norms)).sum().item()) else "norm of the gradients"
+            if self._worker.device.type != "cpu":  # wait for the device once
+                norms = (torch.stack(list(norms)).sum(),)
+            found = None if math.isfinite(sum(norm.item() for norm in norms)) else "norm of the gradients"
         if found is None:
             return None
         if self.is_sharded and self._worker.world_size > 1:  # seldom: ask all ranks whose loss it was
