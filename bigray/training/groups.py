@@ -72,7 +72,7 @@ def open_groups(
     # no CPU of its own: the groups' workers may hold every CPU there is; on the driver's node, whose end ends the run
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
-    switchboard = ray.remote(**options)(Switchboard).remote(count, scaling.max_failures)
+    switchboard = ray.remote(**options)(Switchboard).remote(count, scaling.max_failures, here.node_id)
     setup = GroupSetup(
         group=NO_GROUP,
         switchboard=switchboard,

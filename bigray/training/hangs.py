@@ -26,9 +26,8 @@ class Hang:
 
     member: Member
     rank: int
-    num_ticks: int
-    phase: str
-    stack: str
+    beat: Beat
+    """Its last one."""
     waited_s: float
     is_silent: bool
     must_end: bool
@@ -36,7 +35,7 @@ class Hang:
     def describe(self) -> str:
         how = "has not been heard" if self.is_silent else "makes no progress"
         place = f"rank {self.rank} (pid {self.member.pid} on {self.member.node_ip})"
-        return f"{place} {how} for {self.waited_s:.0f} s, in {self.phase}, at {self.stack}"
+        return f"{place} {how} for {self.waited_s:.0f} s, in {self.beat.phase}, at {self.beat.stack}"
 
 
 def find_hangs(
@@ -44,23 +43,29 @@ def find_hangs(
 ) -> Iterable[Hang]:
     """The workers the others wait for; none while the group makes progress.
 
-    A silent one cannot be at work: its process is stopped or out of reach. Where all are heard and none moves on, it is
-    those with the fewest progress marks: the others have gone further and wait for them in a collective.
+    `beats` holds those that are still in the generation, each with its last beat and when that came. A silent one
+    cannot be at work: its process is stopped or out of reach. Where all are heard and none moves on, it is those that
+    are not inside a collective and have come least far: the others wait for them.
     """
     silent = [(m, now_s - at, beat) for m, (at, beat) in beats.items() if now_s - at > SILENT_AFTER_S]
     if silent:
         for member, silent_s, beat in silent:
-            rank = seated.index(member)
-            yield Hang(member, rank, beat.num_ticks, beat.phase, beat.stack, silent_s, is_silent=True, must_end=True)
+            yield Hang(member, seated.index(member), beat, silent_s, is_silent=True, must_end=True)
         return
-    if not beats or any(beat.since_tick_s < STUCK_AFTER_S for _, beat in beats.values()):
+    busy = {m: beat for m, (_, beat) in beats.items() if beat.phase != "idle"}
+    if not busy or any(beat.since_tick_s < STUCK_AFTER_S for beat in busy.values()):
         return
-    fewest = min(beat.num_ticks for _, beat in beats.values())
-    for member, (_, beat) in beats.items():
-        if beat.num_ticks == fewest:
+    suspects = {m: beat for m, beat in busy.items() if not _is_in_collective(beat)} or busy
+    least = min((beat.num_steps, beat.num_ticks) for beat in suspects.values())
+    for member, beat in suspects.items():
+        if (beat.num_steps, beat.num_ticks) == least:
             must_end = beat.since_tick_s > hang_timeout_s
-            rank, waited_s = seated.index(member), beat.since_tick_s
-            yield Hang(member, rank, fewest, beat.phase, beat.stack, waited_s, is_silent=False, must_end=must_end)
+            yield Hang(member, seated.index(member), beat, beat.since_tick_s, is_silent=False, must_end=must_end)
+
+
+def _is_in_collective(beat: Beat) -> bool:
+    """Whether its innermost frame is torch's; the collectives of DDP's backward pass have no frame of their own."""
+    return "distributed_c10d.py" in beat.stack.rpartition(" > ")[2]
 
 
 def kill_process(member: Member, here_node_id: str) -> None:
@@ -70,7 +75,11 @@ def kill_process(member: Member, here_node_id: str) -> None:
             os.kill(member.pid, signal.SIGKILL)
         return
     there = NodeAffinitySchedulingStrategy(member.node_id, soft=False)
+    kill = ray.remote(num_cpus=0, scheduling_strategy=there)(_kill)
     with contextlib.suppress(ray.exceptions.RayError):  # the node is gone, and the process with it
-        ray.get(
-            ray.remote(num_cpus=0, scheduling_strategy=there)(os.kill).remote(member.pid, signal.SIGKILL), timeout=30
-        )
+        ray.get(kill.remote(member.pid), timeout=30)
+
+
+def _kill(pid: int) -> None:
+    """`os.kill` itself is none of the functions that Ray takes."""
+    os.kill(pid, signal.SIGKILL)

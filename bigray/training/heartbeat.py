@@ -25,8 +25,10 @@ _FRAMES_TOLD = 6
 class Beat:
     """Where a worker is."""
 
+    num_steps: int
+    """Optimizer steps in this generation."""
     num_ticks: int
-    """Progress marks since the process started; the rank with the fewest is the one the others wait for."""
+    """Progress marks since the last step, which all ranks take together: ranks may have unequal work within one."""
     phase: str
     """What it went into last: forward, backward, step, validation; idle without a command."""
     since_tick_s: float
@@ -40,14 +42,17 @@ class Heartbeat:
     def __init__(self, switchboard: Any, group: int, member: Member) -> None:
         self.wish = Wish()
         self._switchboard, self._group, self._member = switchboard, group, member
-        self._num_ticks, self._phase, self._ticked_at = 0, "idle", time.monotonic()
+        self._num_steps, self._num_ticks, self._phase, self._ticked_at = 0, 0, "idle", time.monotonic()
         self._training_thread = threading.get_ident()
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def tick(self, phase: str) -> None:
         """Mark progress: well under a microsecond."""
-        self._num_ticks += 1
+        if phase == "step":
+            self._num_steps, self._num_ticks = self._num_steps + 1, 0
+        else:
+            self._num_ticks += 1
         self._phase = phase
         self._ticked_at = time.monotonic()
 
@@ -62,7 +67,7 @@ class Heartbeat:
 
     def _beat(self) -> Beat:
         waited_s = 0.0 if self._phase == "idle" else time.monotonic() - self._ticked_at
-        return Beat(self._num_ticks, self._phase, waited_s, self._stack())
+        return Beat(self._num_steps, self._num_ticks, self._phase, waited_s, self._stack())
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._training_thread)

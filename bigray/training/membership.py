@@ -1,8 +1,9 @@
 """Who sits where in a worker group: a pure record of a group's processes, and the decision when they can start.
 
 Ray Train gives each of its workers a slot (its world rank there) and replaces one that dies. A spare process has no
-slot and takes a dead worker's, so that nobody waits for Ray Train's replacement, which then waits as the next spare. A *generation* is one set of processes that share a
-process group; when one of them is lost, the others come back here, and the next generation begins.
+slot and takes a dead worker's, so that nobody waits for Ray Train's replacement, which then waits as the next spare. A
+*generation* is one set of processes that share a process group; when one of them is lost, the others come back here,
+and the next generation begins.
 """
 
 from __future__ import annotations
@@ -75,41 +76,49 @@ class Roster:
         """Whether it has a seat in the current generation and has not come back from it."""
         return member in self.seated and member.key not in self.waiting and member.key not in self.gone
 
+    @property
+    def missing(self) -> tuple[Member, ...]:
+        """The seated members that have not come back, and are not known to be gone."""
+        return tuple(m for m in self.seated if m.key not in self.waiting and m.key not in self.gone)
+
+    @property
+    def spares(self) -> list[Member]:
+        """The waiting processes that have no slot, in the order they came."""
+        return [member for member in self.waiting.values() if member.slot is None]
+
+    def superseded_by(self, member: Member) -> tuple[Member, ...]:
+        """Whom a process's arrival shows to be gone: a new one in a slot of Ray Train's had someone there before it.
+
+        One that comes back from a generation, or was given up on and comes all the same, supersedes nobody.
+        """
+        if member.slot is None or member in self.seated or member.key in self.gone:
+            return ()
+        others = dict.fromkeys((*self.seated, *self.waiting.values()))
+        holders = [m for m in others if m.key != member.key and m.key not in self.gone and m.slot is not None]
+        return tuple(m for m in holders if m.slot == member.slot or m.num_slots != member.num_slots)
+
     def arrive(self, member: Member) -> None:
-        """A process waits for a seat. A new one in a slot of Ray Train's means that its former holder is gone."""
+        """A process waits for a seat."""
+        for other in self.superseded_by(member):
+            self.lose(other)
+        self.gone.discard(member.key)
         self.waiting[member.key] = member
-        if member.slot is None:
-            return
-        for other in (*self.seated, *self.waiting.values()):
-            is_older = other.key != member.key and other.slot is not None
-            if is_older and (other.slot == member.slot or other.num_slots != member.num_slots):
-                self.lose(other)
 
     def lose(self, member: Member) -> None:
-        """A process has ended, or is not waited for any longer."""
+        """A process has ended, or is not waited for any longer. Should it come all the same, it waits for a seat."""
         self.gone.add(member.key)
         self.waiting.pop(member.key, None)
-
-    def presume_lost(self) -> tuple[Member, ...]:
-        """Give up on the seated members that have not come back from a broken generation; returns them.
-
-        One that comes later all the same waits, and has a seat in the generation after.
-        """
-        missing = tuple(m for m in self.seated if m.key not in self.waiting and m.key not in self.gone)
-        for member in missing:
-            self.gone.add(member.key)
-        return missing
 
     def seat(self) -> tuple[Member, ...] | None:
         """Begin the next generation where every seat can be filled; returns its members by rank.
 
         None while the current one holds, or while someone has to be waited for.
         """
-        if any(m.key not in self.waiting and m.key not in self.gone for m in self.seated):
+        if self.missing:
             return None
         size = max((member.num_slots for member in self.waiting.values()), default=0) or len(self.seated)
         holders = {member.slot: member for member in self.waiting.values() if member.slot is not None}
-        spares = [member for member in self.waiting.values() if member.slot is None]
+        spares = self.spares
         chosen: list[Member] = []
         for slot in range(size):
             if slot in holders:
@@ -122,7 +131,6 @@ class Roster:
             return None
         for member in chosen:
             del self.waiting[member.key]
-            self.gone.discard(member.key)
         self.generation += 1
         self.seated = tuple(chosen)
         return self.seated

@@ -44,7 +44,6 @@ def process_group(
     Rank 0 opens the store and publishes its address; the others look it up. On the way out, whatever the reason, the
     connections are shut down, so that no peer goes on waiting for this rank in a collective.
     """
-    before = _sockets()
     timeout = timedelta(seconds=FORMING_TIMEOUT_S)
     if place.rank == 0:
         store = TCPStore(place.members[0].node_ip, 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -54,6 +53,7 @@ def process_group(
         address = look_up()
         store = TCPStore(address.host, address.port, is_master=False, timeout=timeout)
     _set_environment(place, address)
+    before = _sockets()  # as late as can be: what other threads open from here on is taken for the group's
     try:
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         opened = {fd: inode for fd, inode in _sockets().items() if before.get(fd) != inode}

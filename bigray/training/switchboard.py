@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +27,13 @@ from bigray.training.membership import Member, Place, Roster
 HEARTBEAT_S = 20.0
 """A waiting group wakes this often, so that no collective of an idle group nears its time limit."""
 GRACE_S = 2.0
-"""Once a generation is broken, members that have not come back after this long are taken for lost. On the switchboard's
-own node the kernel tells of a death at once; this is for the others."""
+"""Once a generation is broken, members that have neither come back nor been heard for this long are taken for lost. On
+the switchboard's own node the kernel tells of a death at once; this is for the others."""
+FORMING_TIMEOUT_S = 20.0
+"""A generation whose rank 0 has not told of its store after this long does not come about."""
+STAYS_AWAY_S = 60.0
+"""One that was given up on is ended after this long: longer than a process group takes that cannot be formed, and than
+a checkpoint under way."""
 WATCH_EVERY_S = 2.0
 YIELD_TIMEOUT_S = 60.0
 
@@ -40,21 +45,20 @@ class _Group:
     number: int
     roster: Roster = field(default_factory=Roster)
     command: tuple[int, Command] | None = None
-    has_command: asyncio.Event = field(default_factory=asyncio.Event)
     result: tuple[int, asyncio.Future[Any]] | None = None
     addresses: dict[int, Any] = field(default_factory=dict)
     """Store address of each generation."""
     beats: dict[tuple[str, int], tuple[float, Beat]] = field(default_factory=dict)
-    """The last beat of each member, and when it came."""
+    """The last beat of each member that is in the current generation, and when it came."""
     wish: Wish = field(default_factory=Wish)
     has_yielded: bool = False
     is_held: bool = False
     """No generation begins: Ray Train is about to replace every worker."""
+    looked_after: int = 0
+    """The broken generation whose missing members are looked after."""
     is_excused: bool = False
     """The next generation is no worker's death: a command failed by its own error, a resize, or a preemption."""
-    told_hangs: set[tuple[Any, int]] = field(default_factory=set)
-    num_deaths: int = 0
-    """Losses of workers under the current command."""
+    told_hangs: set[tuple[Any, ...]] = field(default_factory=set)
     ended: str | None = None
 
     @property
@@ -69,17 +73,19 @@ class _Group:
 class Switchboard:
     """Async Ray actor, one for each run. Every method runs on its event loop, so none needs a lock."""
 
-    def __init__(self, num_groups: int, max_failures: int) -> None:
+    def __init__(self, num_groups: int, max_failures: int, node_id: str) -> None:
+        """`node_id`: of the node this actor runs on."""
         self._groups = [_Group(number) for number in range(num_groups)]
-        self._max_failures = max_failures
+        self._max_failures, self._node_id = max_failures, node_id
+        self._num_deaths: Counter[str] = Counter()
+        """Losses of workers under each trial, whatever its commands and groups."""
         self._serials = itertools.count(1)
         self._free = deque(range(num_groups))
         self._lease_changed = asyncio.Condition()
         self._changed = asyncio.Condition()
-        """Notified when a generation begins or breaks, its store is known, it yields, or all is over."""
+        """Notified when a generation begins, breaks, knows its store or yields, or a command comes or ends."""
         self._events: list[Event] = []
         self._event_added = asyncio.Event()
-        self._node_id = ray.get_runtime_context().get_node_id()
         self._draining: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_watching = False
@@ -112,27 +118,42 @@ class Switchboard:
             TrainingFailed: a worker reported an error, its workers died too often, or the group ended.
         """
         it = self._groups[group]
-        if it.ended is not None:
-            raise TrainingFailed(it.ended)
+        if it.ended is not None or it.is_stopping:
+            raise TrainingFailed(it.ended or "the run is being stopped")
         result = asyncio.get_running_loop().create_future()
-        it.result = (self._assign(it, command), result)
+        serial = next(self._serials)
+        it.command, it.result = (serial, command), (serial, result)
+        await self._notify()
         return await result
 
     async def next_command(self, group: int) -> tuple[int, Command] | None:
-        """The group's current command and its serial; None after a while without one (rank 0 of the group)."""
+        """The group's current command and its serial (rank 0 of the group).
+
+        None after a while without one, or where the generation breaks: talking to its peers, rank 0 will notice.
+
+        Raises:
+            Preempted: rank 0's node is about to go away, and its seat is another's by now.
+        """
         it = self._groups[group]
-        if it.command is None:
-            it.has_command.clear()
-            try:
-                await asyncio.wait_for(it.has_command.wait(), HEARTBEAT_S)
-            except TimeoutError:
-                return None
+        first, generation, was_broken = it.roster.seated[:1], it.roster.generation, it.roster.is_broken
+
+        def has_news() -> bool:
+            is_over = it.roster.generation != generation or (it.roster.is_broken and not was_broken)
+            return it.command is not None or is_over
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HEARTBEAT_S), self._changed:
+                await self._changed.wait_for(has_news)
+        for member in first:
+            if not it.roster.is_seated(member):
+                self._refuse_drained(member)
         return it.command
 
     async def complete(self, group: int, serial: int, result: Any) -> None:
         """The command is done (rank 0 of the group)."""
         if self._is_awaited(group, serial):
             self._settle(self._groups[group], result=result)
+            await self._notify()
 
     async def fail(self, group: int, serial: int, failure: BigrayError) -> None:
         """The command cannot be done; the group goes on without it (any rank of the group).
@@ -142,12 +163,13 @@ class Switchboard:
         if self._is_awaited(group, serial):
             self._groups[group].is_excused = True
             self._settle(self._groups[group], failure=failure)
+            await self._notify()
 
     async def group_ended(self, group: int, message: str) -> None:
         """The group's Ray Train run is over (driver)."""
         it = self._groups[group]
         async with self._lease_changed:
-            it.ended = message
+            it.ended, it.roster = message, Roster()  # a spare in it looks for a seat elsewhere
             if group in self._free:
                 self._free.remove(group)
             self._settle(it, failure=TrainingFailed(message))
@@ -157,8 +179,8 @@ class Switchboard:
     async def stop_all(self) -> None:
         """Tell every group to leave its command loop."""
         for it in self._groups:
-            self._assign(it, Stop())
-            await self._notify()
+            it.command = next(self._serials), Stop()
+        await self._notify()
 
     async def join(self, group: int | None, member: Member) -> tuple[int, Place] | None:
         """Wait for a seat in a generation; its group and place, or None where the run is over (worker).
@@ -169,21 +191,25 @@ class Switchboard:
             Preempted: the member's node is about to go away.
         """
         groups = self._groups if group is None else [self._groups[group]]
-        if member.node_id in self._draining:
-            raise Preempted(f"node {member.node_id[:8]} is being drained")
+        self._refuse_drained(member)
         self._watch()
-        for it in groups:
-            it.is_held = it.is_held and it.roster.generation > 0 and member in it.roster.seated
-            it.roster.arrive(member)
-            await self._after_arrival(it)
+        self._watch_process(member)
+        # a spare that comes back from a generation is still one of its members
+        for it in [it for it in groups if member in it.roster.seated and member.key not in it.roster.gone] or groups:
+            await self._arrive(it, member)
         async with self._changed:
             await self._changed.wait_for(lambda: self._has_news(groups, member))
         if member.node_id in self._draining:
-            raise Preempted(f"node {member.node_id[:8]} is being drained")
+            await self._lost_everywhere(member, "its node is being drained")
+            self._refuse_drained(member)
         for it in groups:
             if it.roster.is_seated(member):
                 return it.number, Place(it.roster.generation, it.roster.seated.index(member), it.roster.seated)
         return None
+
+    def _refuse_drained(self, member: Member) -> None:
+        if member.node_id in self._draining:
+            raise Preempted(f"node {member.node_id[:8]} is being drained")
 
     def _has_news(self, groups: list[_Group], member: Member) -> bool:
         is_over = all(it.is_stopping or it.ended for it in groups)
@@ -197,22 +223,27 @@ class Switchboard:
     async def publish(self, group: int, generation: int, address: Any) -> None:
         """Where the store of a generation is (its rank 0)."""
         it = self._groups[group]
-        it.addresses = {generation: address}
-        await self._notify()
+        if it.roster.generation == generation:  # else it comes too late
+            it.addresses = {generation: address}
+            await self._notify()
 
     async def look_up(self, group: int, generation: int) -> Any:
         """The address of a generation's store; None where that generation is broken already (its other ranks)."""
         it = self._groups[group]
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: generation in it.addresses or it.roster.generation != generation or it.roster.is_broken
-            )
-        return it.addresses.get(generation)
+
+        def is_over() -> bool:
+            return it.roster.generation != generation or it.roster.is_broken
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FORMING_TIMEOUT_S), self._changed:
+                await self._changed.wait_for(lambda: generation in it.addresses or is_over())
+        return None if is_over() else it.addresses.get(generation)
 
     async def beat(self, group: int, member: Member, beat: Beat) -> Wish:
         """A worker's sign of life (its heartbeat thread, every second); returns what the group is asked to do."""
         it = self._groups[group]
-        it.beats[member.key] = (asyncio.get_running_loop().time(), beat)
+        if it.roster.is_seated(member):
+            it.beats[member.key] = (asyncio.get_running_loop().time(), beat)
         return it.wish
 
     async def yielded(self, group: int) -> None:
@@ -228,17 +259,10 @@ class Switchboard:
         whether a checkpoint was committed; at once where nothing is being trained.
         """
         it = self._groups[group]
-        if it.command is None or not isinstance(it.command[1], TrainTo) or it.roster.is_broken or it.is_held:
+        if it.command is None or not isinstance(it.command[1], TrainTo):
             return False
-        it.is_held = it.is_excused = True
-        it.has_yielded, it.wish = False, Wish(save=True, stop=True)
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: it.has_yielded or it.command is None or it.roster.is_broken)
-        except TimeoutError:
-            pass
-        it.wish = Wish()
-        return it.has_yielded
+        it.is_held = True
+        return await self._ask_to_yield(it, timeout_s)
 
     async def hold_all(self, timeout_s: float) -> int:
         """Have every group commit a checkpoint and stop (driver, before it ends); returns how many did."""
@@ -252,6 +276,7 @@ class Switchboard:
             leaving = [m for m in it.roster.seated if m.node_id in fresh]
             if leaving:
                 self._background(self._move_away(it, leaving))
+        await self._notify()
 
     async def push_all(self, events: list[Event]) -> None:
         """Add events to the stream."""
@@ -275,12 +300,6 @@ class Switchboard:
         result = self._groups[group].result
         return result is not None and result[0] == serial
 
-    def _assign(self, it: _Group, command: Command) -> int:
-        serial = next(self._serials)
-        it.command, it.num_deaths = (serial, command), 0
-        it.has_command.set()
-        return serial
-
     def _settle(self, it: _Group, *, result: Any = None, failure: BigrayError | None = None) -> None:
         if not it.is_stopping:
             it.command = None
@@ -293,28 +312,46 @@ class Switchboard:
         else:
             waiting.set_exception(failure)
 
-    async def _after_arrival(self, it: _Group) -> None:
-        was_broken_before = it.roster.is_broken
-        await self._try_to_seat(it)
-        if was_broken_before and it.roster.is_broken:
-            self._background(self._give_up_on_missing(it, it.roster.generation))
+    async def _arrive(self, it: _Group, member: Member) -> None:
+        if any(other.roster.is_seated(member) for other in self._groups if other is not it):
+            return  # a spare has found a seat meanwhile
+        for other in it.roster.superseded_by(member):
+            self._lose(it, other, "it was replaced")
+        # a spare is no sign that Ray Train has replaced the workers, nor is one of those that are to be replaced
+        it.is_held = it.is_held and (member.slot is None or member in it.roster.seated)
+        it.beats.pop(member.key, None)
+        it.roster.arrive(member)
+        await self._reseat(it)
 
-    async def _try_to_seat(self, it: _Group) -> None:
-        if it.is_held or it.is_stopping:
+    async def _reseat(self, it: _Group) -> None:
+        """Begin the next generation, or look after those it waits for."""
+        self._try_to_seat(it)
+        generation = it.roster.generation
+        if it.roster.missing and it.roster.is_broken and it.looked_after != generation:
+            it.looked_after = generation
+            self._background(self._give_up_on_missing(it, generation))
+        await self._notify()
+
+    def _try_to_seat(self, it: _Group) -> None:
+        if it.is_held or it.is_stopping or it.ended:
             return
         before = it.roster.seated
         seated = it.roster.seat()
         if seated is None:
             return
-        self._charge(it, before)
         it.beats.clear()
+        it.told_hangs.clear()
+        it.wish, it.has_yielded = Wish(), False
+        self._charge(it, before)
         it.is_excused = False
-        for member in seated:
-            self._watch_process(it, member)
-            for other in self._groups:  # a spare waits for all of them
-                if other is not it:
-                    other.roster.waiting.pop(member.key, None)
-        await self._notify()
+        for other in self._groups:  # a spare waits for all groups until it has a seat, and again without one
+            if other is not it:
+                for member in seated:
+                    if member.key in other.roster.waiting:
+                        other.roster.lose(member)
+                for spare in it.roster.spares:
+                    other.roster.arrive(spare)
+                self._background(self._reseat(other))
 
     def _charge(self, it: _Group, before: tuple[Member, ...]) -> None:
         """Count a re-formation under the same command as a death, and end the command where they are too many."""
@@ -325,34 +362,74 @@ class Switchboard:
         self._tell(Event("regrouped", it.trial_id, values))
         if it.command is None or it.is_excused:
             return
-        it.num_deaths += 1
-        if it.num_deaths > self._max_failures and not it.is_stopping:
-            text = f"its workers died {it.num_deaths} times, more than scaling.max_failures = {self._max_failures}"
+        self._num_deaths[it.trial_id] += 1
+        num_deaths = self._num_deaths[it.trial_id]
+        if num_deaths > self._max_failures:
+            text = f"its workers died {num_deaths} times, more than scaling.max_failures = {self._max_failures}"
             self._settle(it, failure=TrainingFailed(text))
 
-    async def _lost(self, it: _Group, member: Member, how: str) -> None:
-        if member in it.roster.seated and member.key not in it.roster.gone:
+    def _lose(self, it: _Group, member: Member, how: str) -> None:
+        if member in it.roster.seated and member.key not in it.roster.gone and not it.is_stopping:
             rank = it.roster.seated.index(member)
             values = {"rank": rank, "pid": member.pid, "node": member.node_ip, "how": how}
-            if not it.is_stopping:
-                self._tell(Event("lost", it.trial_id, values))
+            self._tell(Event("lost", it.trial_id, values))
+        it.beats.pop(member.key, None)
         it.roster.lose(member)
-        await self._try_to_seat(it)
-        await self._notify()
+
+    async def _lost_everywhere(self, member: Member, how: str) -> None:
+        for it in self._groups:
+            if member in it.roster.seated or member.key in it.roster.waiting:
+                self._lose(it, member, how)
+                await self._reseat(it)
 
     async def _give_up_on_missing(self, it: _Group, generation: int) -> None:
-        await asyncio.sleep(GRACE_S)
-        if it.roster.generation == generation and it.roster.is_broken:
-            it.roster.presume_lost()
-            await self._try_to_seat(it)
+        """Until the next generation begins: those that have not been heard for a while will not come back."""
+        loop = asyncio.get_running_loop()
+        while it.roster.missing:
+            await asyncio.sleep(GRACE_S)
+            if it.roster.generation != generation:
+                return
+            for member in it.roster.missing:
+                if member.key not in it.beats or loop.time() - it.beats[member.key][0] >= GRACE_S:
+                    self._lose(it, member, "it did not come back")
+                    self._background(self._end_if_it_stays_away(it, member))
+            await self._reseat(it)
+
+    async def _end_if_it_stays_away(self, it: _Group, member: Member) -> None:
+        """Ray Train replaces a worker that has ended, not one that is stopped."""
+        await asyncio.sleep(STAYS_AWAY_S)
+        is_back = any(g.roster.is_seated(member) or member.key in g.roster.waiting for g in self._groups)
+        if member.key in it.roster.gone and not is_back:
+            await asyncio.to_thread(kill_process, member, self._node_id)
+
+    async def _ask_to_yield(self, it: _Group, timeout_s: float) -> bool:
+        """Have the current generation commit a checkpoint and leave; whether it did. The others go before rank 0."""
+        if it.command is None or not isinstance(it.command[1], TrainTo):
+            return False
+        if it.roster.is_broken or not it.roster.seated:
+            return False
+        generation, first = it.roster.generation, it.roster.seated[0]
+        it.is_excused, it.wish = True, Wish(save=True, stop=True)
+
+        def is_over() -> bool:
+            has_left = it.roster.generation != generation or not it.roster.is_seated(first)
+            return it.has_yielded or it.command is None or has_left
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(is_over)
+        if it.roster.generation == generation:
+            it.wish = Wish()
+        return it.has_yielded
 
     async def _move_away(self, it: _Group, leaving: list[Member]) -> None:
-        await self.hold(it.number)
-        it.is_held, it.is_excused = False, True
+        it.is_excused = True
+        await self._ask_to_yield(it, YIELD_TIMEOUT_S)
         for member in leaving:
-            await self._lost(it, member, "its node is being drained")
+            self._lose(it, member, "its node is being drained")
+        await self._reseat(it)
 
-    def _watch_process(self, it: _Group, member: Member) -> None:
+    def _watch_process(self, member: Member) -> None:
         """Learn of the death of a process on this node from the kernel, at once."""
         if member.node_id != self._node_id or member.key in self._watched:
             return
@@ -366,7 +443,8 @@ class Switchboard:
         def ended() -> None:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            self._background(self._lost(it, member, "its process ended"))
+            self._watched.discard(member.key)
+            self._background(self._lost_everywhere(member, "its process ended"))
 
         loop.add_reader(descriptor, ended)
 
@@ -377,24 +455,28 @@ class Switchboard:
             self._background(self._look_for_hangs())
 
     async def _look_for_hangs(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            began = loop.time()
             await asyncio.sleep(WATCH_EVERY_S)
-            now = asyncio.get_running_loop().time()
+            if loop.time() - began > 2 * WATCH_EVERY_S:  # we were stopped ourselves; the beats are still in the queue
+                continue
             for it in self._groups:
-                if it.command is None or it.roster.is_broken or not isinstance(it.command[1], TrainTo):
+                if it.command is None or not isinstance(it.command[1], TrainTo):
                     continue
                 limit_s = it.command[1].trial.training.hang_timeout_s
                 beats = {m: it.beats[m.key] for m in it.roster.seated if m.key in it.beats}
-                for hang in find_hangs(it.roster.seated, beats, now, limit_s):
+                for hang in find_hangs(it.roster.seated, beats, loop.time(), limit_s):
                     await self._deal_with(it, hang)
 
     async def _deal_with(self, it: _Group, hang: Hang) -> None:
-        key = (hang.member.key, hang.num_ticks)
+        key = (hang.member.key, hang.beat.num_steps, hang.beat.num_ticks)
         if key not in it.told_hangs:
             it.told_hangs.add(key)
             self._tell(Event("hang", it.trial_id, {"rank": hang.rank, "pid": hang.member.pid, "text": hang.describe()}))
         if hang.must_end:
             await asyncio.to_thread(kill_process, hang.member, self._node_id)
+            await self._lost_everywhere(hang.member, "it hung and was ended")
 
     async def _notify(self) -> None:
         async with self._changed:
