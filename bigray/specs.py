@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from bigray.errors import did_you_mean
 
@@ -93,9 +93,10 @@ def _optimizer(name: str) -> str:
 OptimizerName = Annotated[str, AfterValidator(_optimizer)]
 # one validator for a whole union: pydantic's own report has a line for each member, under a name nobody wrote
 TaskName = Annotated[str, AfterValidator(_task_name)]
-WorkerCount = Annotated[int | tuple[int, int], PlainValidator(_worker_count)]
-BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
-ClassWeights = Annotated[Literal["none", "balanced"] | tuple[float, ...], PlainValidator(_class_weights)]
+AS_IT_IS = PlainSerializer(lambda value: value)
+WorkerCount = Annotated[int | tuple[int, int], PlainValidator(_worker_count), AS_IT_IS]
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size), AS_IT_IS]
+ClassWeights = Annotated[Literal["none", "balanced"] | tuple[float, ...], PlainValidator(_class_weights), AS_IT_IS]
 
 
 class Spec(BaseModel):
