@@ -334,6 +334,16 @@ def test_a_snapshot_does_not_change_when_training_goes_on() -> None:
     assert copies["steps"].item() == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_values_of_every_type_are_copied(dtype: torch.dtype) -> None:
+    tensors = {"flat": torch.tensor([0.0, 1.0, 2.0]).to(dtype), "empty": torch.empty(0, 2, dtype=dtype)}
+    copies = SnapshotBuffers().copy("model", tensors)
+
+    for name, tensor in tensors.items():
+        assert copies[name].equal(tensor)
+        assert copies[name].dtype == dtype
+
+
 def test_the_memory_of_a_snapshot_is_used_again_by_the_next(paths: RunPaths) -> None:
     buffers = SnapshotBuffers()
     first = buffers.copy("model", {"w": torch.ones(3)})["w"].data_ptr()
