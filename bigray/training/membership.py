@@ -86,6 +86,12 @@ class Roster:
         """The waiting processes that have no slot, in the order they came."""
         return [member for member in self.waiting.values() if member.slot is None]
 
+    @property
+    def holders(self) -> tuple[Member, ...]:
+        """The seated and waiting processes that have a slot and are not known to be gone."""
+        known = dict.fromkeys((*self.seated, *self.waiting.values()))
+        return tuple(member for member in known if member.slot is not None and member.key not in self.gone)
+
     def superseded_by(self, member: Member) -> tuple[Member, ...]:
         """Whom a process's arrival shows to be gone: a new one in a slot of Ray Train's had someone there before it.
 
@@ -93,9 +99,8 @@ class Roster:
         """
         if member.slot is None or member in self.seated or member.key in self.gone:
             return ()
-        others = dict.fromkeys((*self.seated, *self.waiting.values()))
-        holders = [m for m in others if m.key != member.key and m.key not in self.gone and m.slot is not None]
-        return tuple(m for m in holders if m.slot == member.slot or m.num_slots != member.num_slots)
+        others = [holder for holder in self.holders if holder.key != member.key]
+        return tuple(m for m in others if m.slot == member.slot or m.num_slots != member.num_slots)
 
     def arrive(self, member: Member) -> None:
         """A process waits for a seat."""
@@ -112,18 +117,20 @@ class Roster:
     def seat(self) -> tuple[Member, ...] | None:
         """Begin the next generation where every seat can be filled; returns its members by rank.
 
-        None while the current one holds, or while someone has to be waited for.
+        None while the current one holds, or while someone has to be waited for. A spare helps survivors to go on, or
+        goes on alone; where Ray Train starts the whole group, its workers are waited for.
         """
         if self.missing:
             return None
         size = max((member.num_slots for member in self.waiting.values()), default=0) or len(self.seated)
         holders = {member.slot: member for member in self.waiting.values() if member.slot is not None}
-        spares = self.spares
+        has_survivors = any(member.key in self.waiting for member in self.seated)
+        spares = self.spares if self.generation > 0 and (has_survivors or not holders) else []
         chosen: list[Member] = []
         for slot in range(size):
             if slot in holders:
                 chosen.append(holders[slot])
-            elif spares and self.generation > 0:
+            elif spares:
                 chosen.append(spares.pop(0))
             else:
                 return None

@@ -315,10 +315,11 @@ class Switchboard:
     async def _arrive(self, it: _Group, member: Member) -> None:
         if any(other.roster.is_seated(member) for other in self._groups if other is not it):
             return  # a spare has found a seat meanwhile
-        for other in it.roster.superseded_by(member):
+        replaced = it.roster.superseded_by(member)
+        if it.is_held and member.slot is not None and member not in it.roster.seated:
+            it.is_held, replaced = False, it.roster.holders  # the first of the workers that replace all of them
+        for other in replaced:
             self._lose(it, other, "it was replaced")
-        # a spare is no sign that Ray Train has replaced the workers, nor is one of those that are to be replaced
-        it.is_held = it.is_held and (member.slot is None or member in it.roster.seated)
         it.beats.pop(member.key, None)
         it.roster.arrive(member)
         await self._reseat(it)

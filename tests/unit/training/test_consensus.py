@@ -93,7 +93,7 @@ def test_the_slowest_rank_rules_how_often_they_talk(monkeypatch: pytest.MonkeyPa
     asking = iter([0, 1])
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clocks[next(asking)]))
     ranks = Ranks([Wish, Wish], monkeypatch)
-    for step in range(20):
+    for step in range(1, 21):
         clocks = {0: step * 1.0, 1: step * 0.001}
         asking = iter([0, 1])
         ranks.step()

@@ -150,9 +150,19 @@ def test_a_late_one_does_not_drive_out_who_has_its_slot_by_now() -> None:
     assert not roster.is_broken
 
 
+def test_a_spare_goes_on_alone_where_the_only_worker_is_lost() -> None:
+    roster, only = Roster(), worker(0, size=1)
+    roster.arrive(only)
+    roster.seat()
+    roster.arrive(spare())
+    roster.lose(only)
+    assert roster.seat() == (spare(),)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_group_that_starts_again_at_any_size_supersedes_the_one_before(size: int) -> None:
     roster, first, second = seated_pair()
+    roster.arrive(spare())
     restarted = [worker(slot, pid=300 + slot, size=size) for slot in range(size)]
     for member in restarted:
         assert roster.seat() is None
