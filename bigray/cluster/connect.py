@@ -21,6 +21,9 @@ RAY_SETTINGS = {
     # the workers' own reports are pushed, so this only bounds how late a dead worker is noticed (Ray: 2 s)
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # how long Train waits for places it believes are free before it looks again: a node that was lost or is being
+    # drained still counts for it at first (Ray: 60 s)
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     # workers stay in the folder the user started in, so that relative imports and paths keep their meaning
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Serve's fast path: HAProxy in front, the replica is the HTTP server

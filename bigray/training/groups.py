@@ -32,7 +32,10 @@ RESIZE_EVERY_S = 5.0
 """How often an elastic group looks whether the cluster has changed (Ray: 60 s)."""
 SPARE_DELAY_S = 15.0
 """A short run does without a spare process: starting one would slow it more than it can save."""
-CONTROLLER_FAILURES = 3
+MAX_STARTS = 3
+"""Attempts to place a group before it is given up."""
+MAX_ELASTIC_STARTS = 1000
+"""An elastic group waits for its least number of workers; each attempt takes ten seconds."""
 NO_GROUP = -1
 
 
@@ -147,7 +150,10 @@ def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
             storage_path=scratch,
             # the switchboard counts deaths, for each trial; but a group that cannot be placed must end with an error,
             # not wait for ever (Ray's default)
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=CONTROLLER_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=-1,
+                controller_failure_limit=MAX_ELASTIC_STARTS if scaling.is_elastic else MAX_STARTS,
+            ),
         ),
     )
 

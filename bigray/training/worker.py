@@ -218,6 +218,7 @@ class TrialHooks:
         )
         if checkpoint is not None:
             self.saved = checkpoint.progress
+            self.saver.go_on_from(checkpoint.progress.step)
         return checkpoint
 
     def warn(self, text: str) -> None:
