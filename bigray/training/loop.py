@@ -193,7 +193,7 @@ class TrialTraining:
             for micro, part in enumerate(first):
                 losses.append(self._pass(part, rows, scale, batch, worker.rank, micro))
         losses.append(self._pass(last, rows, scale, batch, worker.rank, num_passes - 1))
-        return self._replica.loss_of_batch(losses[0] if not first else torch.stack(losses).sum())
+        return self._replica.average_gradients(losses[0] if not first else torch.stack(losses).sum())
 
     def _exact_gradients(self, exact: ExactGradients, batch: int, rows: IndexArray, weight: float) -> torch.Tensor:
         """As `_gradients`, in the same bits at any number of workers; returns the losses of the whole batch."""

@@ -18,6 +18,7 @@ from bigray.errors import StorageError, TrainingFailed, last_line
 from bigray.models import build_model
 from bigray.specs import TrialSpec
 from bigray.training import fsdp
+from bigray.training.averaging import AveragedGradients, fit_in_one_message
 from bigray.training.batchnorm import convert_sync_batchnorm
 from bigray.training.checkpoint import Checkpoint, StateDict, pack_optimizer, unpack_optimizer
 from bigray.training.exact import ExactGradients
@@ -82,26 +83,39 @@ class Replica:
         self._ema = None if self._spec.ema_decay is None else Ema(module, self._spec.ema_decay)
         self._wrapped: torch.nn.Module | None = None
         self._batch_loss: torch.nn.Parameter | None = None
+        self._averaging: AveragedGradients | None = None
         self.exact = None
 
     def connect(self) -> None:
-        """Join the process group of now, once. DDP brings all ranks to the weights of rank 0."""
+        """Join the process group of now, once. All ranks get the weights of rank 0."""
         if self._wrapped is not None:
             return
         spec, worker = self._spec, self._worker
         self._wrapped = self._network
+        if worker.world_size > 1 and not self.is_sharded:
+            _copy_from_rank_0(self.module)
         if spec.exact:
             self.exact = ExactGradients(self.module, spec.logical_shards, worker.rank, worker.world_size, worker.device)
         elif worker.world_size > 1 and not self.is_sharded:
-            device_ids = [worker.device] if worker.device.type == "cuda" else None
-            network = _WithBatchLoss(self._network, worker.device)
-            self._wrapped = DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True)
-            self._batch_loss = network.loss
+            if fit_in_one_message(self.module):
+                self._averaging = AveragedGradients(self._parameters, worker.world_size)
+            else:
+                self._wrap_in_ddp()
+
+    def _wrap_in_ddp(self) -> None:
+        device = self._worker.device
+        network = _WithBatchLoss(self._network, device)
+        self._batch_loss = network.loss
+        device_ids = [device] if device.type == "cuda" else None
+        self._wrapped = DistributedDataParallel(
+            network, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False
+        )
 
     def disconnect(self, worker: Worker) -> None:
         """Leave a process group that is no more; `connect` joins the new one as `worker`."""
+        self._worker, self._wrapped, self.exact = worker, None, None
+        self._batch_loss, self._averaging = None, None
         self.drop_gradients()
-        self._worker, self._wrapped, self._batch_loss, self.exact = worker, None, None, None
 
     def train(self) -> None:
         assert self._wrapped is not None, "connect first"
@@ -153,11 +167,16 @@ class Replica:
             return self._wrapped.no_sync()
         return contextlib.nullcontext()
 
-    def loss_of_batch(self, own_loss: torch.Tensor) -> torch.Tensor:
-        """Summed losses of a global batch over all ranks, after its last backward pass; with fsdp this rank's alone."""
-        if self._batch_loss is None or self._batch_loss.grad is None:
-            return own_loss
-        return self._batch_loss.grad[0].double() * self._worker.world_size
+    def average_gradients(self, own_loss: torch.Tensor) -> torch.Tensor:
+        """After the last backward pass of a step, where DDP or fsdp has not done it already.
+
+        Returns the summed losses of the global batch, with fsdp those of this rank.
+        """
+        if self._averaging is not None:
+            return self._averaging.average(own_loss)
+        if self._batch_loss is not None and self._batch_loss.grad is not None:
+            return self._batch_loss.grad[0].double() * self._worker.world_size
+        return own_loss
 
     def take_step(self, loss: torch.Tensor, lr_factor: float) -> str | None:
         """Change the weights. Where the loss or a gradient is not finite, change nothing and name it, on all ranks.
@@ -181,6 +200,9 @@ class Replica:
 
     def drop_gradients(self) -> None:
         """Forget those of a step, taken or not."""
+        if self._averaging is not None:
+            self._averaging.clear()
+            return
         for parameter in self._parameters:
             parameter.grad = None
         if self._batch_loss is not None:
@@ -245,16 +267,21 @@ class Replica:
         if self.is_sharded:
             found = first_non_finite(self.module, torch.zeros_like(loss))
         else:
-            norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
-            if self._worker.device.type != "cpu":  # wait for the device once
-                norms = (torch.stack(list(norms)).sum(),)
-            found = None if math.isfinite(sum(norm.item() for norm in norms)) else "norm of the gradients"
+            found = None if self._are_gradients_finite() else "norm of the gradients"
         if found is None:
             return None
         if self.is_sharded and self._worker.world_size > 1:  # seldom: ask all ranks whose loss it was
             loss = loss.clone()
             dist.all_reduce(loss)
         return first_non_finite(self.module, loss) or found
+
+    def _are_gradients_finite(self) -> bool:
+        if self._averaging is not None:
+            return self._averaging.are_finite()
+        norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._worker.device.type != "cpu":  # wait for the device once
+            norms = (torch.stack(list(norms)).sum(),)
+        return math.isfinite(sum(norm.item() for norm in norms))
 
     def _is_overflow(self, fault: str) -> bool:
         """Whether the scaled gradients of fp16 were too large: to be expected, the scaler then scales less."""
@@ -285,6 +312,14 @@ def seed_generator(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def _copy_from_rank_0(module: torch.nn.Module) -> None:
+    """A factory may draw initial weights from a generator that nobody seeds."""
+    for tensor in module.state_dict().values():
+        dense = tensor.contiguous()
+        dist.broadcast(dense, src=0)
+        tensor.copy_(dense)
 
 
 def _compiled(module: torch.nn.Module, trial: TrialSpec) -> torch.nn.Module:

@@ -29,6 +29,8 @@ STEPS = 8
 
 _EXACT = {"exact": True, "optimizer": "adamw", "lr": 0.01}
 _MLP = "bigray.models:mlp", {"hidden": [16]}
+_LARGE_MLP = "bigray.models:mlp", {"hidden": [500, 500]}
+"""Its gradients go by DDP; those of the small one go in one message."""
 _DROPOUT_MLP = "bigray.models:mlp", {"hidden": [16], "dropout": 0.3}
 _BATCH_NORM = "tests.integration.user_models:batch_norm_net", {}
 _SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
@@ -47,6 +49,7 @@ EXACT: dict[str, tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = {
 CLOSE: dict[str, tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = {
     "sgd": (_MLP, _SGD),
     "adamw": (_MLP, {"optimizer": "adamw", "lr": 0.01}),
+    "large": (_LARGE_MLP, {**_SGD, "micro_batch_size": 4}),
     "class weights and micro-batches": (_MLP, {**_SGD, "class_weights": [0.3, 1.0, 2.5], "micro_batch_size": 3}),
     "synchronised batch norm": (_BATCH_NORM, {**_SGD, "lr": 0.01, "sync_batchnorm": True}),
     "fsdp": (_MLP, {"optimizer": "adamw", "lr": 0.01, "strategy": "fsdp", "ema_decay": 0.8, "clip_norm": 0.3}),
@@ -55,6 +58,7 @@ TRIALS = {**EXACT, **CLOSE}
 DIVERGING = {
     "nan": (_MLP, _SGD),
     "nan, exact": (_MLP, {**_EXACT, **_SGD}),
+    "nan, large": (_LARGE_MLP, _SGD),
     "nan, fsdp": (_MLP, {**_SGD, "strategy": "fsdp"}),
     "nan, rollback": (_MLP, {**_SGD, "on_non_finite": {"policy": "rollback", "max_rollbacks": 1}}),
 }
@@ -103,7 +107,7 @@ def _resize(rank: int, name: str, folder: Path) -> None:
 def _lose_workers(rank: int, folder: Path) -> None:
     """Four workers, of which two are gone after a step; the others go on from what they have in memory."""
     training: TrialTraining | None = None
-    for name in ("mlp", "sgd"):
+    for name in ("mlp", "sgd", "large"):
         with _group(rank, 4, folder, f"{name}-whole") as worker:
             assert worker is not None
             training, hooks = _begin(name, worker, stop_at=6)
