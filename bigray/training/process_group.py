@@ -53,10 +53,10 @@ def process_group(
         address = look_up()
         store = TCPStore(address.host, address.port, is_master=False, timeout=timeout)
     _set_environment(place, address)
-    before = _sockets()  # as late as can be: what other threads open from here on is taken for the group's
+    before = open_sockets()  # as late as can be: what other threads open from here on is taken for the group's
     try:
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
-        opened = {fd: inode for fd, inode in _sockets().items() if before.get(fd) != inode}
+        opened = {fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode}
         _set_pg_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         yield
     finally:
@@ -81,7 +81,7 @@ def _set_environment(place: Place, address: Address) -> None:
     }
 
 
-def _sockets() -> dict[int, int]:
+def open_sockets() -> dict[int, int]:
     """Open sockets of this process: file descriptor -> inode, which tells a descriptor used again from the first."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
@@ -98,7 +98,7 @@ def _hang_up(sockets: dict[int, int]) -> None:
     Gloo closes them only when the last reference to the group is gone, which a traceback or a DDP wrapper may hold; a
     peer inside a collective would wait for as long. Once shut down, it raises within milliseconds.
     """
-    current = _sockets()
+    current = open_sockets()
     for descriptor, inode in sockets.items():
         if current.get(descriptor) != inode:
             continue
