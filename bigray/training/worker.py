@@ -61,16 +61,13 @@ def run_worker(config: dict[str, Any]) -> None:
 class SpareWorker:
     """Ray actor: an idle process with everything imported, which takes the seat of a worker that died (CPU only)."""
 
-    def __init__(self) -> None:
-        _import_what_is_imported_late()
-
     def serve(self, setup: GroupSetup) -> None:
         """Wait for a seat in any group, and serve there; returns when the run is over."""
         _serve(setup, None, _this_process(None, 0), torch.device("cpu"))
 
 
 def _import_what_is_imported_late() -> None:
-    """Metrics, and what the first step of an optimizer imports: two seconds of a core."""
+    """Metrics, and what the first step of an optimizer imports: two seconds that a replacement must not cost."""
     import torchmetrics.classification
     import torchmetrics.regression  # noqa: F401
 
@@ -93,6 +90,7 @@ def _serve(setup: GroupSetup, group: int | None, member: Member, device: torch.d
     torch.set_num_threads(setup.threads_per_worker)
     # DDP warns once for every process about matters of ours that are deliberate; errors still raise
     logging.getLogger("torch").setLevel(logging.ERROR)
+    _import_what_is_imported_late()
     process = _Process(setup, member, device)
     try:
         while (seat := process.take_seat(group)) is not None:
