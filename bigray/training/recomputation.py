@@ -55,6 +55,8 @@ def _recomputed(forward: Callable[..., Any], modules: Sequence[nn.Module]) -> Ca
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():  # the compiler plans the second pass itself, without what changes buffers
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return run

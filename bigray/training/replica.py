@@ -332,8 +332,10 @@ def _compiled(module: torch.nn.Module, trial: TrialSpec) -> torch.nn.Module:
 
 
 def _no_compile(trial: TrialSpec, error: Exception) -> str:
+    """Torch says in the first lines what happened, and goes on with hints for its developers."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (
-        f"training.compile: torch.compile cannot take model '{trial.model_name}': {last_line(error)}; "
+        f"training.compile: torch.compile cannot take model '{trial.model_name}': {' '.join(lines[:2])[:300]}; "
         f"set compile = false"
     )
 

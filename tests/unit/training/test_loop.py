@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -641,11 +642,33 @@ def test_gradient_checkpointing_changes_no_bit(
     make_trial: MakeTrial, blobs: TrainingArrays, user_module: UserModule, settings: dict[str, Any]
 ) -> None:
     """With dropout and batch norm: random numbers and statistics of the second pass are those of the first."""
-    factory = f"{user_module(BATCH_NORM)}:make"
-    usual = _train(make_trial(factory, {}, epochs=2, **settings), blobs)[0]
-    again = _train(make_trial(factory, {}, epochs=2, gradient_checkpointing=True, **settings), blobs)[0]
+    layers = {"hidden": [8, 8], "dropout": 0.3}
+    for factory, params in ((f"{user_module(BATCH_NORM)}:make", {}), ("bigray.models:mlp", layers)):
+        usual = _train(make_trial(factory, params, epochs=2, **settings), blobs)[0]
+        again = _train(make_trial(factory, params, epochs=2, gradient_checkpointing=True, **settings), blobs)[0]
+        assert _weights(again) == _weights(usual), factory
 
-    assert _weights(again) == _weights(usual)
+
+def test_gradient_checkpointing_computes_blocks_a_second_time_while_training(
+    make_trial: MakeTrial, blobs: TrainingArrays, user_module: UserModule
+) -> None:
+    name = user_module(
+        """
+        from torch import nn
+        calls = []
+        class Block(nn.Linear):
+            def forward(self, x):
+                calls.append((self.training, len(x)))
+                return super().forward(x).relu()
+        def make(shape, outputs):
+            return nn.Sequential(nn.Linear(shape[0], 8), nn.Sequential(Block(8, 8)), nn.Linear(8, outputs))
+        """
+    )
+    _train(make_trial(f"{name}:make", {}, epochs=1, gradient_checkpointing=True), blobs)
+    calls = sys.modules[name].calls
+
+    assert [rows for is_training, rows in calls if is_training] == [16, 16, 16, 16, 16, 16, 16, 16, 6, 6]
+    assert sum(rows for is_training, rows in calls if not is_training) == 30
 
 
 def test_a_compiled_model_is_trained_and_saved_under_its_own_names(
@@ -685,6 +708,7 @@ def test_a_model_that_cannot_be_compiled_is_told_in_one_line(
     ) as caught:
         _train(make_trial(compile=True), blobs)
     assert "\n" not in str(caught.value)
+    assert "no kernels today" in str(caught.value)
     assert str(caught.value).endswith("set compile = false")
 
 
