@@ -17,11 +17,11 @@ from bigray.inference import Predictor
 from bigray.journal import read_journal
 from bigray.loading import load_job
 from bigray.paths import RunPaths
-from bigray.storage import open_storage, read_folder
+from bigray.storage import open_storage
 from bigray.training.commands import Event
 from bigray.training.request import make_request
 from bigray.training.runner import train, training_trials
-from tests.integration.jobs import make_job
+from tests.integration.jobs import last_weights, make_job
 
 pytestmark = pytest.mark.usefixtures("four_cpu_ray")
 
@@ -67,11 +67,6 @@ def test_a_killed_worker_costs_no_step_and_the_weights_are_those_of_an_undisturb
     undisturbed, disturbed = (last_weights(paths, name) for name in ("undisturbed", "killed"))
     assert undisturbed.keys() == disturbed.keys()
     assert all(np.array_equal(undisturbed[name], disturbed[name]) for name in undisturbed)
-
-
-def last_weights(paths: RunPaths, trial_id: str) -> dict[str, np.ndarray]:
-    folder = paths.checkpoint(trial_id, paths.checkpoint_steps(trial_id)[0])
-    return safetensors.numpy.load(read_folder(paths.storage, folder).files["model.safetensors"])
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:

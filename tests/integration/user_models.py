@@ -47,3 +47,17 @@ def batch_norm_net(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(6 * (height - 2) * (width - 2), num_outputs),
     )
+
+
+def paced_mlp(input_shape: tuple[int, ...], num_outputs: int, pace_file: str) -> nn.Module:
+    """As `slow_mlp`; the seconds of a step are read from a file each time, so that a test can let it run."""
+    import time
+    from pathlib import Path
+
+    class Pace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                time.sleep(float(Path(pace_file).read_text()))
+            return x
+
+    return nn.Sequential(Pace(), nn.Linear(input_shape[0], 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
