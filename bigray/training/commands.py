@@ -42,6 +42,8 @@ class Wish:
     """Take a checkpoint."""
     stop: bool = False
     """Return from training after that."""
+    leave: bool = False
+    """The generation is broken: give up its process group at once, whatever the training thread waits for."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Event:
 
     kind: str
     """From workers: resumed, epoch, checkpoint, warning. From the switchboard: lost, regrouped, hang. From who drives
-    them: started, state, failed, bundle. To the listener only: starting, resuming, complete, groups, exporting,
-    ranked."""
+    them: started, state, failed, bundle. From `bigray verify`: killed, held. To the listener only: starting, resuming,
+    complete, groups, exporting, ranked."""
     trial_id: str
     values: dict[str, Any] = field(default_factory=dict)
 

@@ -18,11 +18,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bigray.data.dataset import Dataset
-from bigray.errors import last_line
+from bigray.errors import Preempted, last_line
 from bigray.paths import RunPaths
 from bigray.specs import ScalingSpec
 from bigray.training.setup import GroupSetup
-from bigray.training.switchboard import Switchboard
+from bigray.training.switchboard import Switchboard, ask
 
 STOP_TIMEOUT_S = 20.0
 HOLD_TIMEOUT_S = 20.0
@@ -196,7 +196,11 @@ def _keep_spare(setup: GroupSetup, is_over: threading.Event) -> None:
         if is_over.wait(SPARE_DELAY_S):
             return
         spare = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(SpareWorker).remote()
-        ray.get(spare.serve.remote(setup))
+        while not is_over.is_set():
+            with contextlib.suppress(Preempted):
+                ask(spare.serve.remote(setup))
+                return
+            is_over.wait(SPARE_DELAY_S)  # its node is going away, and it is restarted on another
     except ray.exceptions.RayError:  # it has served its time, or the run is being ended
         return
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,10 @@ class Beat:
 class Heartbeat:
     """Runs beside the training thread, which marks its progress with `tick`."""
 
-    def __init__(self, switchboard: Any, group: int, member: Member) -> None:
+    def __init__(self, switchboard: Any, group: int, member: Member, hang_up: Callable[[], None]) -> None:
+        """`hang_up` is called once, in this thread, when the generation is broken."""
         self.wish = Wish()
+        self._hang_up = hang_up
         self._switchboard, self._group, self._member = switchboard, group, member
         self._num_steps, self._num_ticks, self._phase, self._ticked_at = 0, 0, "idle", time.monotonic()
         self._training_thread = threading.get_ident()
@@ -64,6 +67,9 @@ class Heartbeat:
         while not self._ended.wait(INTERVAL_S):
             with contextlib.suppress(ray.exceptions.RayError):  # the switchboard is gone: the run is being ended
                 self.wish = ray.get(self._switchboard.beat.remote(self._group, self._member, self._beat()))
+                if self.wish.leave:
+                    self._hang_up()
+                    return
 
     def _beat(self) -> Beat:
         waited_s = 0.0 if self._phase == "idle" else time.monotonic() - self._ticked_at

@@ -38,11 +38,12 @@ class Address:
 @contextlib.contextmanager
 def process_group(
     place: Place, backend: str, publish: Callable[[Address], None], look_up: Callable[[], Address]
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Hold the default process group of a generation (worker).
 
     Rank 0 opens the store and publishes its address; the others look it up. On the way out, whatever the reason, the
-    connections are shut down, so that no peer goes on waiting for this rank in a collective.
+    connections are shut down, so that no peer goes on waiting for this rank in a collective. The value does the same
+    from another thread: a collective that this rank waits in then raises, also where a peer's node has just vanished.
     """
     timeout = timedelta(seconds=FORMING_TIMEOUT_S)
     if place.rank == 0:
@@ -58,14 +59,19 @@ def process_group(
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         opened = {fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode}
         _set_pg_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-        yield
+        yield lambda: _abort(backend, opened)
     finally:
         if dist.is_initialized():
-            if backend == "nccl":
-                dist.distributed_c10d._abort_process_group()  # not run on a GPU
-            else:
-                _hang_up(opened)
+            _abort(backend, opened)
+            if dist.is_initialized():  # aborting nccl's ends them as well
                 dist.destroy_process_group()
+
+
+def _abort(backend: str, opened: dict[int, int]) -> None:
+    if backend == "nccl":
+        dist.distributed_c10d._abort_process_group()  # not run on a GPU
+    else:
+        _hang_up(opened)
 
 
 def _set_environment(place: Place, address: Address) -> None:

@@ -12,7 +12,7 @@ import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -126,16 +126,17 @@ class Switchboard:
         await self._notify()
         return await result
 
-    async def next_command(self, group: int) -> tuple[int, Command] | None:
-        """The group's current command and its serial (rank 0 of the group).
+    async def next_command(self, group: int, generation: int) -> tuple[int, Command] | None:
+        """The group's current command and its serial (rank 0 of that generation).
 
-        None after a while without one, or where the generation breaks: talking to its peers, rank 0 will notice.
+        None after a while without one, or where the generation breaks: talking to its peers, rank 0 will notice. Where
+        another generation has begun, the command is to stop.
 
         Raises:
             Preempted: rank 0's node is about to go away, and its seat is another's by now.
         """
         it = self._groups[group]
-        first, generation, was_broken = it.roster.seated[:1], it.roster.generation, it.roster.is_broken
+        first, was_broken = it.roster.seated[:1], it.roster.is_broken
 
         def has_news() -> bool:
             is_over = it.roster.generation != generation or (it.roster.is_broken and not was_broken)
@@ -147,7 +148,7 @@ class Switchboard:
         for member in first:
             if not it.roster.is_seated(member):
                 self._refuse_drained(member)
-        return it.command
+        return it.command if it.roster.generation == generation else (0, Stop())
 
     async def complete(self, group: int, serial: int, result: Any) -> None:
         """The command is done (rank 0 of the group)."""
@@ -220,6 +221,11 @@ class Switchboard:
         async with self._changed:
             await self._changed.wait_for(lambda: all(it.roster.generation or it.ended for it in self._groups))
 
+    async def members(self, group: int) -> tuple[Member, ...]:
+        """The processes of a group by rank; none between two generations (driver)."""
+        roster = self._groups[group].roster
+        return () if roster.is_broken else roster.seated
+
     async def publish(self, group: int, generation: int, address: Any) -> None:
         """Where the store of a generation is (its rank 0)."""
         it = self._groups[group]
@@ -244,7 +250,7 @@ class Switchboard:
         it = self._groups[group]
         if it.roster.is_seated(member):
             it.beats[member.key] = (asyncio.get_running_loop().time(), beat)
-        return it.wish
+        return replace(it.wish, leave=not it.roster.is_seated(member) or it.roster.is_broken)
 
     async def yielded(self, group: int) -> None:
         """The group has committed a checkpoint and left training, as it was asked to (rank 0)."""

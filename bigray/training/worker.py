@@ -122,17 +122,23 @@ class _Process:
         worker = Worker(place.rank, place.world_size, self.device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
-            with process_group(place, backend, self._publisher(group, place), self._looker(group, place)):
-                _CommandLoop(self, setup, worker, place).run()
+            with process_group(place, backend, self._publisher(group, place), self._looker(group, place)) as hang_up:
+                self._carry_out_commands(setup, worker, place, hang_up)
         except GenerationBroken:
             pass
         except (dist.DistError, RuntimeError) as error:
             if not is_about_a_peer(error):
                 raise
             time.sleep(REJOIN_PAUSE_S)
+
+    def _carry_out_commands(self, setup: GroupSetup, worker: Worker, place: Place, hang_up: Callable[[], None]) -> None:
+        heartbeat = Heartbeat(self.board, setup.group, self.member, hang_up)
+        try:
+            _CommandLoop(self, setup, worker, place, heartbeat).run()
         finally:
             if self.live is not None:
                 self.live.settle()
+            heartbeat.end()  # not before the checkpoint is written: a rank that is not heard is given up
 
     def forget(self) -> None:
         """Let go of the trial in memory."""
@@ -235,12 +241,14 @@ class TrialHooks:
 class _CommandLoop:
     """The commands of one generation, on one rank."""
 
-    def __init__(self, process: _Process, setup: GroupSetup, worker: Worker, place: Place) -> None:
+    def __init__(
+        self, process: _Process, setup: GroupSetup, worker: Worker, place: Place, heartbeat: Heartbeat
+    ) -> None:
         self.setup, self.worker = setup, worker
         self.is_first = worker.rank == 0
         # control messages are Python objects: they go over gloo even where the gradients go over NCCL
         self.control = dist.new_group(backend="gloo") if worker.device.type == "cuda" else None
-        self.heartbeat = Heartbeat(setup.switchboard, setup.group, process.member)
+        self.heartbeat = heartbeat
         self._process, self._place, self._board = process, place, setup.switchboard
         self._is_new = True
         """No trial was trained in this generation yet: what is in memory is of the one before."""
@@ -251,17 +259,14 @@ class _CommandLoop:
         Raises:
             GenerationBroken: a command failed on this rank or a peer, or the group was asked to leave its seats.
         """
-        try:
-            while True:
-                assigned = self.from_rank_0(self._next_command)
-                if assigned is None:
-                    continue
-                serial, command = assigned
-                if isinstance(command, Stop):
-                    return
-                self._carry_out(serial, command)
-        finally:
-            self.heartbeat.end()
+        while True:
+            assigned = self.from_rank_0(self._next_command)
+            if assigned is None:
+                continue
+            serial, command = assigned
+            if isinstance(command, Stop):
+                return
+            self._carry_out(serial, command)
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
         """Call `make` on rank 0 and give its result to every rank."""
@@ -278,7 +283,8 @@ class _CommandLoop:
     def _next_command(self) -> tuple[int, Command] | None:
         """Wait for the next command (rank 0). Without a switchboard the run is over, and nobody will send one."""
         try:
-            command: tuple[int, Command] | None = ray.get(self._board.next_command.remote(self.setup.group))
+            generation = self._place.generation
+            command: tuple[int, Command] | None = ray.get(self._board.next_command.remote(self.setup.group, generation))
         except RayActorError:
             return (0, Stop())
         return command

@@ -180,7 +180,7 @@ def test_an_ended_group_is_not_lent_again() -> None:
 def test_a_command_returns_what_its_group_made_of_it(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        assert (await board.next_command(0) or ())[1:] == (command,)
+        assert (await board.next_command(0, board._groups[0].roster.generation) or ())[1:] == (command,)
         await board.complete(0, 1, "the result")
         assert await result == "the result"
 
@@ -189,7 +189,7 @@ def test_a_command_returns_what_its_group_made_of_it(command: TrainTo) -> None:
 
 def test_a_group_that_asked_first_is_woken_by_its_command(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
-        asking = asyncio.create_task(board.next_command(1))
+        asking = asyncio.create_task(board.next_command(1, board._groups[1].roster.generation))
         await _let_others_run()
         result = asyncio.create_task(board.execute(1, command))
         serial, received = await asking or (0, None)
@@ -204,7 +204,7 @@ def test_commands_go_to_their_own_group(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         results = [asyncio.create_task(board.execute(group, TrainTo(command.trial, group))) for group in (0, 1)]
         for group in (1, 0):
-            serial, received = await board.next_command(group) or (0, None)
+            serial, received = await board.next_command(group, board._groups[group].roster.generation) or (0, None)
             assert received == TrainTo(command.trial, group)
             await board.complete(group, serial, group)
         assert await asyncio.gather(*results) == [0, 1]
@@ -215,7 +215,7 @@ def test_commands_go_to_their_own_group(command: TrainTo) -> None:
 def test_a_failure_is_raised_where_the_command_came_from(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        await board.next_command(0)
+        await board.next_command(0, board._groups[0].roster.generation)
         await board.fail(0, 1, TrainingFailed("ValueError: boom"))
         with pytest.raises(TrainingFailed, match="ValueError: boom"):
             await result
@@ -231,9 +231,9 @@ def test_a_settled_command_is_not_handed_out_again(
 
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        await board.next_command(0)
+        await board.next_command(0, board._groups[0].roster.generation)
         await getattr(board, ending)(0, 1, TrainingFailed("settled"))
-        assert await board.next_command(0) is None
+        assert await board.next_command(0, board._groups[0].roster.generation) is None
         await asyncio.gather(result, return_exceptions=True)
 
     _play(scenario)
@@ -242,7 +242,7 @@ def test_a_settled_command_is_not_handed_out_again(
 def test_a_failure_told_by_every_rank_is_one_failure(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        await board.next_command(0)
+        await board.next_command(0, board._groups[0].roster.generation)
         await board.fail(0, 1, TrainingFailed("rank 1"))
         await board.fail(0, 1, TrainingFailed("rank 0"))
         with pytest.raises(TrainingFailed, match="rank 1"):
@@ -254,7 +254,7 @@ def test_a_failure_told_by_every_rank_is_one_failure(command: TrainTo) -> None:
 def test_a_late_word_about_the_last_command_does_not_touch_the_next_one(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         first = asyncio.create_task(board.execute(0, command))
-        await board.next_command(0)
+        await board.next_command(0, board._groups[0].roster.generation)
         await board.fail(0, 1, TrainingFailed("rank 0"))
         with pytest.raises(TrainingFailed, match="rank 0"):
             await first
@@ -272,7 +272,7 @@ def test_a_late_word_about_the_last_command_does_not_touch_the_next_one(command:
 def test_the_end_of_a_group_is_told_to_who_waits_for_its_result(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        await board.next_command(0)
+        await board.next_command(0, board._groups[0].roster.generation)
         await board.group_ended(0, "workers died too often")
         with pytest.raises(TrainingFailed, match="died too often"):
             await result
@@ -285,14 +285,14 @@ def test_the_end_of_a_group_is_told_to_who_waits_for_its_result(command: TrainTo
 def test_every_group_is_told_to_stop_even_in_the_middle_of_a_command(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
-        asking = asyncio.create_task(board.next_command(1))
+        asking = asyncio.create_task(board.next_command(1, board._groups[1].roster.generation))
         await _let_others_run()
         await board.stop_all()
         assert isinstance((await asking or ())[1], Stop)
         await board.complete(0, 1, "done")
         assert await result == "done"
-        assert isinstance((await board.next_command(0) or ())[1], Stop)
-        assert isinstance((await board.next_command(0) or ())[1], Stop)
+        assert isinstance((await board.next_command(0, board._groups[0].roster.generation) or ())[1], Stop)
+        assert isinstance((await board.next_command(0, board._groups[0].roster.generation) or ())[1], Stop)
 
     _play(scenario, groups=2)
 
@@ -302,7 +302,7 @@ def test_a_group_that_was_told_to_stop_takes_no_further_command(command: TrainTo
         await board.stop_all()
         with pytest.raises(TrainingFailed, match="being stopped"):
             await board.execute(0, command)
-        assert isinstance((await board.next_command(0) or ())[1], Stop)
+        assert isinstance((await board.next_command(0, board._groups[0].roster.generation) or ())[1], Stop)
 
     _play(scenario)
 
@@ -513,7 +513,9 @@ def test_deaths_beyond_max_failures_end_the_command(command: TrainTo) -> None:
         result = asyncio.create_task(board.execute(0, command))
         await _let_others_run()
         await _replace(board, first, 1, pid=150)
-        assert (await board.next_command(0) or ())[1] == command  # handed to the next generation
+        assert (await board.next_command(0, board._groups[0].roster.generation) or ())[
+            1
+        ] == command  # handed to the next generation
         await _replace(board, first, 1, pid=151)
         assert not result.done()
         await _replace(board, first, 1, pid=152)
@@ -535,7 +537,7 @@ def test_deaths_are_counted_over_all_commands_of_a_trial_but_not_over_trials(
             await _let_others_run()
             await _replace(board, first, 1, pid)
             if not result.done():
-                serial, _ = await board.next_command(0) or (0, None)
+                serial, _ = await board.next_command(0, board._groups[0].roster.generation) or (0, None)
                 await board.complete(0, serial, "done")
             assert await result == "done"
 
@@ -579,7 +581,7 @@ def test_a_death_without_a_command_is_nobodys(command: TrainTo) -> None:
 def test_an_idle_group_notices_at_once_that_its_generation_is_broken() -> None:
     async def scenario(board: Switchboard) -> None:
         _, second = await _seat_pair(board)
-        asking = asyncio.create_task(board.next_command(0))
+        asking = asyncio.create_task(board.next_command(0, board._groups[0].roster.generation))
         await _let_others_run()
         await board._lost_everywhere(second, "test")
         assert await asking is None
@@ -828,7 +830,7 @@ def test_the_rank_0_of_an_idle_group_leaves_a_draining_node_before_the_next_comm
     async def scenario(board: Switchboard) -> None:
         alone = _worker(0, size=1, node="leaving-node")
         await board.join(0, alone)
-        asking = asyncio.create_task(board.next_command(0))
+        asking = asyncio.create_task(board.next_command(0, board._groups[0].roster.generation))
         await _let_others_run()
         await board.drain(["leaving-node"])
         with pytest.raises(Preempted):
