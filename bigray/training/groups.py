@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bigray.data.dataset import Dataset
@@ -32,6 +33,7 @@ RESIZE_EVERY_S = 5.0
 """How often an elastic group looks whether the cluster has changed (Ray: 60 s)."""
 SPARE_DELAY_S = 15.0
 """A short run does without a spare process: starting one would slow it more than it can save."""
+MAX_CONTROLLERS = 100
 MAX_STARTS = 3
 """Attempts to place a group before it is given up."""
 MAX_ELASTIC_STARTS = 1000
@@ -88,7 +90,7 @@ def open_groups(
     is_over = threading.Event()
     with tempfile.TemporaryDirectory(prefix="bigray-train-", ignore_cleanup_errors=True) as scratch:
         groups = [
-            _start_thread(f"worker-group-{group}", _run_group, replace(setup, group=group), scaling, scratch)
+            _start_thread(f"worker-group-{group}", _run_group, replace(setup, group=group), scaling, scratch, is_over)
             for group in range(count)
         ]
         _start_thread("drain-watch", _watch_drains, switchboard, is_over)
@@ -116,13 +118,23 @@ def _start_thread(name: str, work: Callable[..., None], *arguments: Any) -> thre
     return thread
 
 
-def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> None:
-    """One group's whole life (a driver thread; `fit` blocks until its workers leave the command loop)."""
-    try:
-        _make_trainer(setup, scaling, scratch).fit()
-        message = "the worker group was stopped"
-    except Exception as error:  # whatever ends the run must reach those who wait for the group
-        message = f"worker group {setup.group} ended: {last_line(error)}"
+def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: threading.Event) -> None:
+    """One group's whole life (a driver thread; `fit` blocks until its workers leave the command loop).
+
+    Ray Train's controller may die too, and its workers with it: they are started again under another one.
+    """
+    message = f"worker group {setup.group} ended: Ray Train's controller died {MAX_CONTROLLERS} times"
+    for number in range(MAX_CONTROLLERS):
+        try:
+            _make_trainer(setup, scaling, f"{scratch}/{number}").fit()
+            message = "the worker group was stopped"
+        except RayActorError:
+            if not is_over.is_set():
+                continue
+            message = "the run is over"
+        except Exception as error:  # whatever ends the run must reach those who wait for the group
+            message = f"worker group {setup.group} ended: {last_line(error)}"
+        break
     with contextlib.suppress(ray.exceptions.RayError):  # the switchboard is gone when the whole run is being ended
         ray.get(setup.switchboard.group_ended.remote(setup.group, message))
 
