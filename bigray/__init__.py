@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from bigray.errors import BigrayError
     from bigray.inference import Predictor
     from bigray.loading import load_job, load_search
-    from bigray.results import Leaderboard
+    from bigray.results import Leaderboard, Verification
     from bigray.serve.config import load_serve
     from bigray.specs import JobSpec, SearchSpec
     from bigray.training.runner import train
     from bigray.tuning.runner import tune
+    from bigray.verification import verify
     from bigray.workflow import deploy, plan
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ModelBundle",
     "Predictor",
     "SearchSpec",
+    "Verification",
     "connect",
     "deploy",
     "load_job",
@@ -33,6 +35,7 @@ __all__ = [
     "plan",
     "train",
     "tune",
+    "verify",
 ]
 
 _HOME = {
@@ -42,6 +45,7 @@ _HOME = {
     "ModelBundle": "bundle",
     "Predictor": "inference",
     "SearchSpec": "specs",
+    "Verification": "results",
     "connect": "cluster.connect",
     "deploy": "workflow",
     "load_job": "loading",
@@ -50,6 +54,7 @@ _HOME = {
     "plan": "workflow",
     "train": "training.runner",
     "tune": "tuning.runner",
+    "verify": "verification",
 }
 
 

@@ -5,16 +5,18 @@ Heavy modules are imported inside the commands, so that a fault in a job file is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from bigray.errors import BigrayError, ClusterError, last_line
+from bigray.errors import BigrayError, ClusterError, TrainingFailed, last_line
 from bigray.termination import EXIT_CODE, Terminated, terminated_by_signal
 
 if TYPE_CHECKING:
@@ -118,6 +120,41 @@ def tune(
 ) -> None:
     """Search learning rates and batch sizes for every model of a job. The same command again goes on."""
     _train_or_tune(job, search, set_, address, new, as_json)
+
+
+@app.command(
+    epilog="Example: bigray verify examples/digits/job.toml --set training.exact=true --set training.epochs=300"
+)
+def verify(
+    job: JobFile,
+    set_: Overrides = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="Only this model; default: every one.")] = None,
+    kills: Annotated[int, typer.Option(min=0, help="Workers to end with SIGKILL, for each model.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the steps and ranks that are struck.")] = 0,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train twice, once with killed workers and a resize, and compare weights, metrics and samples (exit code 3: they
+    differ). Nothing of the job's own runs is touched."""
+    from bigray import console
+    from bigray.cluster.connect import connect, prepare_environment
+    from bigray.training.groups import preload
+    from bigray.training.request import make_request
+    from bigray.training.runner import training_trials
+    from bigray.verification import only_models, verify_request
+    from bigray.workflow import plan_request, read_files
+
+    chosen = only_models(read_files(job, set_ or ()).job, model or ())
+    request = make_request(chosen, training_trials(chosen))
+    if not _is_joining(address):
+        plan_request(request)  # says no before Ray starts
+    prepare_environment(joining=_is_joining(address))
+    preload()
+    with _starting_anew(), connect(address), console.run_view(quiet=as_json) as view, terminated_by_signal():
+        found = verify_request(request, kills=kills, seed=seed, address=address, listener=view)
+    console.print_json(found.to_json()) if as_json else console.print_verification(found)
+    if not found.is_same:
+        raise TrainingFailed(found.describe_differences())
 
 
 @app.command(epilog="Example: bigray deploy runs/digits-1a2b3c --config serve/autoscale.yaml")
@@ -306,6 +343,18 @@ def _execute(
         if asked.search is None:
             return train_request(request, address=address, listener=listen, new=new)
         return tune_request(request, asked.search, address=address, listener=listen, new=new)
+
+
+@contextlib.contextmanager
+def _starting_anew() -> Iterator[None]:
+    """For a command that does not go on where it was interrupted."""
+    from bigray import console
+
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as ending:
+        console.say("interrupted; the same command starts anew, in a folder of its own")
+        raise typer.Exit(EXIT_CODE if isinstance(ending, Terminated) else 130) from None
 
 
 def _is_joining(address: str | None) -> bool:

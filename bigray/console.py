@@ -22,7 +22,7 @@ from rich.text import Text
 from bigray.cluster.plan import Plan
 from bigray.errors import BigrayError
 from bigray.progress import RunProgress, TrialProgress
-from bigray.results import HoldoutCheck, Leaderboard
+from bigray.results import HoldoutCheck, Kill, Leaderboard, ModelVerification, Resize, Verification
 from bigray.serve.runner import Deployment, EndpointStatus
 from bigray.training.commands import Event
 
@@ -123,6 +123,68 @@ def print_holdout(check: HoldoutCheck) -> None:
         f"{verdict} (largest difference {check.largest_difference:.1e})",
         soft_wrap=True,
     )
+
+
+def print_verification(found: Verification) -> None:
+    """What each model went through, and how it compares with its undisturbed twin."""
+    for model in found.models:
+        out.print(_fault_table(model))
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        for part, comparison in _comparisons(model):
+            table.add_row(Text(part, style="bold"), Text(comparison))
+        style = "bold green" if model.is_same else "bold red"
+        table.add_row(Text("verdict", style="bold"), Text(f"{model.model_name}: {model.verdict}", style=style))
+        out.print(table)
+        for note in model.notes:
+            out.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    asked = "bit-equal weights (training.exact)" if found.exact else "weights equal within the optimizer's tolerance"
+    out.print(f"asked for {asked}; {found.wall_s:.1f} s; both runs are in {found.folder}", soft_wrap=True, markup=False)
+
+
+def _fault_table(model: ModelVerification) -> Table:
+    title = f"{model.model_name}: {len(model.kills)} of {model.kills_planned} kills"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("fault", "rank", "at step", "goes on at", "from", "recovery"):
+        table.add_column(name, justify="left" if name in ("fault", "from") else "right", no_wrap=True)
+    rows = [(kill.step, _kill_cells(kill)) for kill in model.kills]
+    if model.resize is not None:
+        rows.append((model.resize.step or 0, _resize_cells(model.resize)))
+    for _, cells in sorted(rows):
+        table.add_row(*cells)
+    return table
+
+
+def _kill_cells(kill: Kill) -> tuple[str, ...]:
+    recovery = "-" if kill.recovery_s is None else f"{kill.recovery_s:.1f} s"
+    went_on_at = _count(kill.went_on_at_step)
+    return ("SIGKILL", str(kill.rank), f"~{kill.step:,}", went_on_at, kill.went_on_from or "-", recovery)
+
+
+def _resize_cells(resize: Resize) -> tuple[str, ...]:
+    before, after = resize.workers_before, resize.workers_after
+    what = f"resize {before} -> {after} workers" if before != after else f"restart with {after} workers"
+    return (what, "-", _count(resize.step), _count(resize.step), "storage", "-")
+
+
+def _comparisons(model: ModelVerification) -> Iterator[tuple[str, str]]:
+    weights, metrics, samples, reference = model.weights, model.metrics, model.samples, model.reference_samples
+    if weights is None:
+        yield "weights", "none to compare"
+    elif weights.is_bit_equal:
+        yield "weights", "bit-equal"
+    else:
+        relative = "not comparable" if weights.relative is None else f"relative difference {weights.relative:.1e}"
+        yield "weights", f"{relative}, most in '{weights.worst}'"
+    differ = "all equal" if metrics.largest == 0 else "not comparable"
+    if metrics.largest:
+        differ = f"largest difference {metrics.largest:.1e}"
+    yield "metrics", f"{metrics.num_epochs} epochs, {differ}"
+    counts = f"lost {samples.lost:,}, repeated {samples.repeated:,}"
+    yield "samples", f"{counts} (undisturbed: lost {reference.lost:,}, repeated {reference.repeated:,})"
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
 
 
 def print_status(rows: tuple[EndpointStatus, ...]) -> None:
@@ -234,19 +296,34 @@ def _headline(event: Event) -> str | None:
             return f"{values['run']} is complete already; reading its results (--new runs it again)"
         case "warning":
             return f"warning: {event.trial_id}: {values['text']}"
-        case "lost":
-            place = f"rank {values['rank']} (pid {values['pid']} on {values['node']})"
-            return f"lost a worker{_of(event)}: {place}, {values['how']}"
-        case "hang":
-            return f"hang{_of(event)}: {values['text']}"
-        case "regrouped":
-            return f"the group goes on with {values['workers']} workers{_of(event)}"
         case "resumed":
             return f"{event.trial_id}: goes on at step {values['step']:,}, from {values['from']}"
         case "failed":
             return f"{event.trial_id} failed: {values['error']}"
         case _:
+            return _group_headline(event)
+
+
+def _group_headline(event: Event) -> str | None:
+    """What happened to the processes of a group, by itself or on purpose."""
+    values = event.values
+    match event.kind:
+        case "lost":
+            return f"lost a worker{_of(event)}: {_place(event)}, {values['how']}"
+        case "hang":
+            return f"hang{_of(event)}: {values['text']}"
+        case "regrouped":
+            return f"the group goes on with {values['workers']} workers{_of(event)}"
+        case "killed":
+            return f"verify: SIGKILL to {_place(event)}{_of(event)}, at about step {values['step']:,}"
+        case "held":
+            return f"verify: stopped the group{_of(event)} at about step {values['step']:,}, to go on with another"
+        case _:
             return None
+
+
+def _place(event: Event) -> str:
+    return f"rank {event.values['rank']} (pid {event.values['pid']} on {event.values['node']})"
 
 
 def _of(event: Event) -> str:

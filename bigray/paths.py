@@ -7,6 +7,11 @@
   trials/<trial>/batch_size.json   what global_batch_size = "auto" came to
   bundle/                       the exported winner
 
+<storage>/verify-<hash>-<number>/   one `bigray verify`
+  verification.json             what came out
+  reference/<run>/              the run without faults
+  disturbed/<run>/              the runs with faults, one for each model
+
 <storage>/.bigray/              what the runs share
   micro_batches/<key>.json      largest micro-batch of a model on a kind of device
 """
@@ -23,6 +28,9 @@ RUN_FILE = "run.json"
 JOURNAL = "journal"
 BUNDLE = "bundle"
 SHARED = ".bigray"
+VERIFICATION = "verification.json"
+REFERENCE = "reference"
+DISTURBED = "disturbed"
 _CHECKPOINT = re.compile(r"ckpt-(\d{10})")
 _ATTEMPT = re.compile(r"(\d{4,})\.jsonl")
 

@@ -33,7 +33,7 @@ def train_request(
     request: RunRequest, *, address: str | None = None, listener: Listener | None = None, new: bool = False
 ) -> Leaderboard:
     """`train` for a request whose data has been prepared already."""
-    return run_trials(request, _drive, listener or silent, address=address, new=new)
+    return run_trials(request, drive_trials, listener or silent, address=address, new=new)
 
 
 def training_trials(job: JobSpec) -> tuple[TrialSpec, ...]:
@@ -44,7 +44,8 @@ def training_trials(job: JobSpec) -> tuple[TrialSpec, ...]:
     )
 
 
-def _drive(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
+def drive_trials(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
+    """Each trial once, on whichever group is free; tells of each as it ends."""
     pool = ThreadPoolExecutor(groups.count, thread_name_prefix="trial")
     try:
         for done in [pool.submit(_train_one, groups.switchboard, trial) for trial in trials]:

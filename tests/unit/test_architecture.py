@@ -18,9 +18,9 @@ PACKAGE = Path(bigray.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "specs", "storage", "paths", "results", "presets", "termination"}),
-    frozenset({"journal", "bundle", "data", "models", "ranking", "loading", "inference"}),
+    frozenset({"journal", "bundle", "data", "models", "ranking", "loading", "inference", "comparison"}),
     frozenset({"cluster"}),
-    frozenset({"training", "progress"}),
+    frozenset({"training", "progress", "verification"}),
     frozenset({"tuning"}),
     frozenset({"workflow", "console", "cli", "__main__"}),
 )
