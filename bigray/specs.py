@@ -177,7 +177,7 @@ class KeepSpec(Spec):
     last: int = Field(default=2, ge=1)
     """The newest of each trial that may still go on; two, so that one can be damaged."""
     best: int = Field(default=1, ge=1)
-    """Ended trials, best first, whose last checkpoint stays; of the others only the record does."""
+    """Ended trials of a sweep, best first, whose last checkpoint stays; of the others only the record does."""
 
 
 class SeedSpec(Spec):

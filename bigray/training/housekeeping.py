@@ -18,10 +18,15 @@ class Housekeeping:
     """Keeps the disk of a sweep bounded by the trials that run and the best that have ended (`training.keep`)."""
 
     def __init__(
-        self, paths: RunPaths, trials: Sequence[TrialSpec], attempt: int, earlier: Iterable[Mapping[str, Any]]
+        self,
+        paths: RunPaths,
+        trials: Sequence[TrialSpec],
+        attempt: int,
+        keep_best: int,
+        earlier: Iterable[Mapping[str, Any]],
     ) -> None:
         """`earlier`: the journal of the attempts before, where the run goes on."""
-        self._paths, self._trials, self._attempt = paths, trials, attempt
+        self._paths, self._trials, self._attempt, self._keep_best = paths, trials, attempt, keep_best
         self._events = [event for event in earlier if event["kind"] in ("state", "failed")]
         self._trimmed: set[str] = set()
 
@@ -45,7 +50,7 @@ class Housekeeping:
 
     def _trim(self, ended: list[TrialResult]) -> None:
         training = self._trials[0].training
-        chosen = trials_to_trim(ended, training.keep.best, training.selection_metric, training.selection_mode)
+        chosen = trials_to_trim(ended, self._keep_best, training.selection_metric, training.selection_mode)
         for trial_id in chosen:
             if trial_id not in self._trimmed:
                 self._trimmed.add(trial_id)

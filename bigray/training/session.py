@@ -75,7 +75,9 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
     earlier = list(read_journal(paths))
     journal = Journal.open(paths)
-    housekeeping = Housekeeping(paths, request.trials, journal.attempt, earlier)
+    # of a plain training, every model is wanted; of a sweep, the best
+    keep_best = job.training.keep.best if request.search is not None else len(request.trials)
+    housekeeping = Housekeeping(paths, request.trials, journal.attempt, keep_best, earlier)
     journal.append("attempt", plan=plan.to_json())
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
     with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
