@@ -1,0 +1,123 @@
+"""What the training benchmarks share: processes with a clean environment, stamps written by models, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TUNED = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""The settings that make a `TorchTrainer` quickest."""
+DEADLINE_S = 240.0
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """One training step that a model told of (`training_peers.networks`)."""
+
+    pid: int
+    rank: int
+    step: int
+    """From 1, as the model counts."""
+    at_s: float
+    """`time.monotonic()` at the beginning of its forward pass, which all processes of a machine share."""
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This process's environment without settings of Ray's, so that each peer runs with its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = os.pathsep.join(filter(None, (str(HERE), kept.get("PYTHONPATH"))))
+    return {**kept, "PYTHONPATH": path, "RAY_AUTH_MODE": "token", **more}
+
+
+def run_in_own_process(script: str, *arguments: str, **environment: str) -> Any:
+    """Run a script of this folder with the Python of this process; returns the JSON document in its last line."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(
+        command, env=clean_environment(**environment), capture_output=True, text=True, check=False, timeout=DEADLINE_S
+    )
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@contextlib.contextmanager
+def torchrun(document: Mapping[str, Any], *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`torchrun --nproc-per-node 2` on the plain DDP script, with its arguments; ended with the block."""
+    script = HERE / "training_peers" / "torchrun_ddp.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, *options, str(script), json.dumps(document)],
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)  # which it passes on to its workers
+        _, errors = process.communicate()
+        if process.returncode > 0:
+            print(errors.decode()[-3000:], file=sys.stderr)
+
+
+def read_stamps(path: Path) -> list[Stamp]:
+    """What models have told so far; a line that is being written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [Stamp(*json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def wait_for(found: Callable[[], Any], what: str, is_alive: Callable[[], bool] = lambda: True) -> Any:
+    """Ask every few milliseconds until there is an answer; returns it."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (answer := found()):
+        if time.monotonic() > deadline or not is_alive():
+            raise RuntimeError(f"waited for {what} in vain")
+        time.sleep(0.02)
+    return answer
+
+
+def tell(text: str) -> None:
+    """A line about the progress of the measurement."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def spread(values: Sequence[float], unit: str = "{:.3f}") -> tuple[str, str, str]:
+    """Median, least and most."""
+    return tuple(unit.format(value) for value in (statistics.median(values), min(values), max(values)))  # type: ignore[return-value]
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    """The figures, and what they were measured on."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console(width=120)
+    console.print(table)
+    if note:
+        console.print(note)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("bigray", "ray", "torch", "numpy"))
+    load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    console.print(f"{versions}, Python {platform.python_version()}")
+    console.print(f"{os.cpu_count()} CPUs, {platform.platform()}; load over the last 1, 5 and 15 minutes {load}")
