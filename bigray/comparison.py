@@ -68,7 +68,7 @@ def judge(
         reference_samples=expected.samples,
         verdict=_verdict(training, weights, metrics, reasons),
         reasons=reasons,
-        notes=_notes(kills, kills_planned, resize, metrics),
+        notes=_notes(expected.steps, kills, kills_planned, resize, metrics),
     )
 
 
@@ -160,12 +160,16 @@ def _verdict(
     return f"equal within {tolerance_of(training):g}"
 
 
-def _notes(kills: Sequence[Kill], planned: int, resize: Resize | None, metrics: MetricDifference) -> tuple[str, ...]:
+def _notes(
+    num_steps: int, kills: Sequence[Kill], planned: int, resize: Resize | None, metrics: MetricDifference
+) -> tuple[str, ...]:
     notes = []
     if len(kills) < planned:
         notes.append(f"{len(kills)} of {planned} kills landed: the training was over before; more epochs make room")
     if resize is None:
         notes.append("no resize: the training was over before; more epochs make room")
+    elif resize.step is None or resize.step >= num_steps:
+        notes.append("resized after the last step: the training was too short; more epochs make room")
     elif resize.workers_before == resize.workers_after:
         notes.append(f"restarted with {resize.workers_after} workers: no other number fits the cluster and the job")
     if metrics.missing:

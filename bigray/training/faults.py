@@ -29,6 +29,8 @@ LAST_KILL = 0.9
 """No kill is planned after this part of the steps: the group has to come back before the trial ends."""
 RESIZE_BETWEEN = (0.4, 0.6)
 LOOK_EVERY_S = 0.02
+HEARD_AFTER_S = 1.0
+"""A group hears with its next sign of life that it is to stop, and goes on training until then."""
 ENDING_S = 5.0
 """A trial that was over when its group was told to stop is told of within this."""
 GROUP = 0
@@ -162,7 +164,8 @@ class Disturbance:
         self.watch = Watch(trial_id, steps_per_s)
         self.num_workers = 0
         """Of the group, as it was when it was last looked at."""
-        self._trial_id, self._due, self._hold_step = trial_id, list(kills), hold_step
+        self._trial_id, self._due = trial_id, list(kills)
+        self._hold_step, self._steps_per_s = hold_step, steps_per_s
 
     def note(self, event: Event) -> None:
         """Listens to the run."""
@@ -184,11 +187,17 @@ class Disturbance:
                     continue
                 if self._due and self._due[0].step <= step:
                     self._kill(groups.switchboard, step, here)
-                elif self._hold_step is not None and self._hold_step <= step:
+                elif self._is_time_to_hold(step):
                     self._hold(groups.switchboard, step, training)
             training.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # held, its thread ends with the switchboard
+
+    def _is_time_to_hold(self, step: int) -> bool:
+        """Early enough to stop at about `hold_step`, but after every kill that is to come before."""
+        if self._hold_step is None or self._due:
+            return False
+        return self._hold_step <= step + HEARD_AFTER_S * self._steps_per_s
 
     def _kill(self, switchboard: Any, step: int, here_node_id: str) -> None:
         members: tuple[Member, ...] = ask(switchboard.members.remote(GROUP))

@@ -21,7 +21,7 @@ def _training(**settings: Any) -> TrainingSpec:
 
 
 def _outcome(**values: Any) -> Outcome:
-    return Outcome(**{"status": "finished", "weights": WEIGHTS, "epochs": EPOCHS, **values})
+    return Outcome(**{"status": "finished", "weights": WEIGHTS, "epochs": EPOCHS, "steps": 40, **values})
 
 
 def _scaled(factor: float) -> dict[str, torch.Tensor]:
@@ -154,10 +154,12 @@ def test_a_run_that_failed_or_ended_otherwise_is_different() -> None:
 def test_what_the_verdict_does_not_cover_is_noted() -> None:
     late = _judge(_training(), _outcome(), kills=[KILL], kills_planned=3, resize=None)
     same_size = _judge(_training(), _outcome(), kills=[KILL], kills_planned=1, resize=Resize(20, 1, 1))
+    at_the_end = _judge(_training(), _outcome(), resize=Resize(40, 2, 1))
     whole = _judge(_training(), _outcome(), kills=[KILL], kills_planned=1)
 
     assert [note.partition(":")[0] for note in late.notes] == ["1 of 3 kills landed", "no resize"]
     assert [note.partition(":")[0] for note in same_size.notes] == ["restarted with 1 workers"]
+    assert [note.partition(":")[0] for note in at_the_end.notes] == ["resized after the last step"]
     assert whole.notes == ()
 
 
