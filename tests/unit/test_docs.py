@@ -25,7 +25,8 @@ from bigray.specs import (
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/training.md").read_text()
 SNIPPETS = re.findall(r"```toml\n(.*?)```", GUIDE, flags=re.DOTALL)
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+OF_README = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")])
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +53,13 @@ def test_every_snippet_of_the_training_guide_is_a_part_of_a_job_file(snippet: st
 
     assert not optimizer_faults(training)
     assert not group_faults(training.param_groups, mlp((64,), 10, hidden=[128]))
+
+
+def test_the_readmes_job_file_and_its_parts_load() -> None:
+    whole, *parts = OF_README
+
+    assert JobSpec.model_validate(tomllib.loads(whole)).training.exact
+    assert all(_job_with(part) for part in parts)
 
 
 def test_a_snippet_with_a_key_that_does_not_exist_would_be_found() -> None:
