@@ -6,6 +6,7 @@ validation metrics in the journal, and the count of samples.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def verify_request(
     started = time.monotonic()
     folder = _fresh_folder(request)
     work = _Work(folder, kills, seed, address, listener or silent)
-    reference = _keeping_weights(_stored_in(request, f"{folder}/{REFERENCE}"))
+    reference = _stored_in(request, f"{folder}/{REFERENCE}")
     board = train_request(reference, address=address, listener=work.listener)
     found = Verification(
         job=request.job.name,
@@ -163,14 +164,15 @@ class _DisturbedRun:
         Raises:
             TrainingFailed: the model did not get through.
         """
-        try:
+        job = self.request.job
+        _free_workers(job, job.scaling.min_workers)
+        with contextlib.suppress(GroupHeld):
             return self._run(self.request, self._before)
-        except GroupHeld:
-            job = self.request.job
-            before = self._before.num_workers or job.scaling.min_workers
-            after = other_size(before, _most_workers(job, before))
-            self._sizes = (before, after)
-            return self._run(replace(self.request, job=_scaled(job, num_workers=after)), self._after)
+        before = self._before.num_workers or job.scaling.min_workers
+        most = _free_workers(job, before)
+        after = other_size(before, min(most, job.training.logical_shards) if job.training.exact else most)
+        self._sizes = (before, after)
+        return self._run(replace(self.request, job=_scaled(job, num_workers=after)), self._after)
 
     def _run(self, request: RunRequest, part: Disturbance) -> Leaderboard:
         def listen(event: Event) -> None:
@@ -191,12 +193,6 @@ def _fresh_folder(request: RunRequest) -> str:
 
 def _stored_in(request: RunRequest, folder: str) -> RunRequest:
     return replace(request, job=request.job.model_copy(update={"storage": folder}))
-
-
-def _keeping_weights(request: RunRequest) -> RunRequest:
-    """Every model's last checkpoint stays, not only the best one's: it is what is compared."""
-    keep = request.job.training.keep
-    return _trained_with(request, keep=keep.model_copy(update={"best": max(keep.best, len(request.trials))}))
 
 
 def _trained_with(request: RunRequest, **settings: Any) -> RunRequest:
@@ -222,14 +218,14 @@ def _paths(request: RunRequest) -> RunPaths:
     return RunPaths(open_storage(request.job.storage).child(request.run_id), request.run_id)
 
 
-def _most_workers(job: JobSpec, stopped: int) -> int:
-    """Workers that a new group may have, once the `stopped` workers of the last one have given back what they held."""
+def _free_workers(job: JobSpec, awaited: int) -> int:
+    """Workers that a new group may have, once those of the last one have given back room for `awaited`."""
     deadline = time.monotonic() + ROOM_TIMEOUT_S
-    while (room := workers_that_fit(connected_capacity(), job.scaling, free_only=True)) < stopped:
+    while (room := workers_that_fit(connected_capacity(), job.scaling, free_only=True)) < awaited:
         if time.monotonic() > deadline:  # the next group is refused in words of its own
             break
         time.sleep(0.1)
-    return min(room, job.training.logical_shards) if job.training.exact else room
+    return room
 
 
 def _read_outcome(board: Leaderboard, trial: TrialSpec, listener: Listener) -> Outcome:
