@@ -16,7 +16,8 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/sweep_overhead.py
-	$(BIN)/python benchmarks/serve_throughput.py
+	for name in checkpoint_stall input_pipeline launch recovery reporting training_throughput serve_throughput; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigray needs Python 3.11 or newer: make PYTHON=python3.12")'
