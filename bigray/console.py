@@ -146,10 +146,13 @@ def _fault_table(model: ModelVerification) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("fault", "rank", "at step", "goes on at", "from", "recovery"):
         table.add_column(name, justify="left" if name in ("fault", "from") else "right", no_wrap=True)
-    rows = [(kill.step, _kill_cells(kill)) for kill in model.kills]
-    if model.resize is not None:
-        rows.append((model.resize.step or 0, _resize_cells(model.resize)))
-    for _, cells in sorted(rows):
+    resize = model.resize
+    resize_step = resize.step if resize is not None and resize.step is not None else math.inf
+    rows = [_kill_cells(kill) for kill in model.kills if kill.step < resize_step]
+    if resize is not None:
+        rows.append(_resize_cells(resize))
+    rows += [_kill_cells(kill) for kill in model.kills if kill.step >= resize_step]
+    for cells in rows:
         table.add_row(*cells)
     return table
 
