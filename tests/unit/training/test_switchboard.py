@@ -914,3 +914,19 @@ def test_who_waits_for_events_is_woken_by_the_first() -> None:
         assert await waiting == [Event("epoch", "0-mlp"), Event("epoch", "1-mlp")]
 
     _play(scenario)
+
+
+def test_a_groups_members_are_told_by_rank_but_not_between_two_generations() -> None:
+    async def scenario(board: Switchboard) -> None:
+        assert await board.members(0) == ()
+        first, second = await _seat_pair(board)
+        assert await board.members(0) == (first, second)
+
+        back = _joining(board, first)
+        await _let_others_run()
+        assert await board.members(0) == ()
+        third = _worker(1, 300)
+        await asyncio.gather(back, board.join(0, third))
+        assert await board.members(0) == (first, third)
+
+    _play(scenario)
