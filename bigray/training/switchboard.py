@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from bigray.errors import BigrayError, Preempted, TrainingFailed
+from bigray.errors import BigrayError, Preempted, StorageError, TrainingFailed
 from bigray.training.commands import Command, Event, Stop, TrainTo, Wish
 from bigray.training.hangs import Hang, find_hangs, kill_process
 from bigray.training.heartbeat import Beat
@@ -80,6 +80,7 @@ class Switchboard:
         self._num_deaths: Counter[str] = Counter()
         """Losses of workers under each trial, whatever its commands and groups."""
         self._serials = itertools.count(1)
+        self._storage_failure: StorageError | None = None
         self._free = deque(range(num_groups))
         self._lease_changed = asyncio.Condition()
         self._changed = asyncio.Condition()
@@ -92,12 +93,19 @@ class Switchboard:
         self._watched: set[tuple[str, int]] = set()
         """Processes whose end the kernel tells."""
 
+    async def check_storage(self) -> None:
+        """Raise what kept a worker from writing or reading the run's folder: no other trial will fare better."""
+        if self._storage_failure is not None:
+            raise self._storage_failure
+
     async def lease(self) -> int:
         """Wait for a free group and take it (Tune trial, driver).
 
         Raises:
             TrainingFailed: every group has ended.
+            StorageError: as for `check_storage`.
         """
+        await self.check_storage()
         async with self._lease_changed:
             await self._lease_changed.wait_for(lambda: self._free or all(g.ended for g in self._groups))
             if not self._free:
@@ -161,6 +169,8 @@ class Switchboard:
 
         Each rank may tell of the same failure; by the time the last one does, the group may have its next command.
         """
+        if isinstance(failure, StorageError) and self._storage_failure is None:
+            self._storage_failure = failure
         if self._is_awaited(group, serial):
             self._groups[group].is_excused = True
             self._settle(self._groups[group], failure=failure)

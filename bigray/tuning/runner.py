@@ -87,6 +87,7 @@ def _run_tuner(search: SearchSpec, groups: WorkerGroups, trials: Sequence[TrialS
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         ).fit()
+    ask(groups.switchboard.check_storage.remote())
     # also of a trial whose actor died and could not tell; one that told has the better words, and keeps them
     for result in results:
         if result.error is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bigray.errors import Preempted, TrainingFailed
+from bigray.errors import DiskFull, Preempted, TrainingFailed
 from bigray.specs import TrialSpec
 from bigray.training import hangs
 from bigray.training import switchboard as module
@@ -235,6 +235,20 @@ def test_a_settled_command_is_not_handed_out_again(
         await getattr(board, ending)(0, 1, TrainingFailed("settled"))
         assert await board.next_command(0, board._groups[0].roster.generation) is None
         await asyncio.gather(result, return_exceptions=True)
+
+    _play(scenario)
+
+
+def test_storage_that_fails_one_trial_is_not_tried_by_the_next(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        await board.check_storage()
+        result = asyncio.create_task(board.execute(0, command))
+        await board.next_command(0, board._groups[0].roster.generation)
+        await board.fail(0, 1, DiskFull("runs/x: no space left"))
+        with pytest.raises(DiskFull):
+            await result
+        with pytest.raises(DiskFull, match="no space left"):
+            await board.lease()
 
     _play(scenario)
 
