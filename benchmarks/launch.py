@@ -6,8 +6,10 @@ Warm: from the call of `execute(TrainTo(...))` on a group that is live, which `t
 for `TorchTrainer` from the call of `fit()` on a Ray that is up, with its defaults and tuned (a poll every 0.1 s, no
 preemption watcher). The first trial of a process, for which modules are still imported, is printed by itself.
 
-Cold: from the start of the command, `bigray train JOB`, which starts its Ray on the way, and `torchrun`. The model of
-that job is a factory of the user's own, since it is the model that tells of the first step.
+Cold: from the start of the command, `bigray train JOB`, which starts its Ray on the way, and `torchrun`. It is the
+model that tells of the first step, so it is a factory of the user's own, for which bigray imports torch before it
+starts anything. A row for one of bigray's own models ends with the journal's first report: ten steps, validation, and
+the report's way to the driver are in it.
 
 The first step is done when rank 0 begins its second forward pass. The model is an MLP 784-256-10, the batch 64.
 `torchrun` has no warm start: its one figure stands beside both.
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,15 @@ LABELS = {
     "trainer": "TorchTrainer.fit(), Ray up",
     "trainer tuned": "TorchTrainer.fit(), Ray up, tuned",
     "bigray cold": "bigray train, from the command line",
+    "bigray cold mlp": "bigray train with bigray.models:mlp, to its first report",
     "torchrun": "torchrun, from the command line",
 }
+BESIDE = ("bigray warm", "bigray cold")
 IN_CHILD = ("bigray warm", "trainer", "trainer tuned")
 CALLS = {"full": {"bigray warm": 8, "trainer": 3, "trainer tuned": 3}, "small": dict.fromkeys(IN_CHILD, 2)}
 """In one process; the first is kept apart."""
 ROWS, FEATURES, BATCH = 640, 784, 64
+MLP, HIDDEN = "bigray.models:mlp", {"hidden": [256]}
 
 
 def main() -> None:
@@ -80,7 +85,9 @@ def measure(peer: str, size: str, folder: Path) -> list[float]:
     """Seconds to the first step, of each call."""
     match peer:
         case "bigray cold":
-            return [command_of_bigray(folder)]
+            return [command_of_bigray(folder, make_job(folder / "stamps"))]
+        case "bigray cold mlp":
+            return [command_of_bigray(folder, replace(make_job(folder), factory=MLP, params=HIDDEN))]
         case "torchrun":
             return [command_of_torchrun(folder)]
         case _:
@@ -90,13 +97,17 @@ def measure(peer: str, size: str, folder: Path) -> list[float]:
 
 
 def make_job(stamps: Path) -> PlainJob:
-    params = {"factory": "bigray.models:mlp", "params": {"hidden": [256]}, "path": str(stamps), "at": [2]}
+    params = {"factory": MLP, "params": HIDDEN, "path": str(stamps), "at": [2]}
     return PlainJob("training_peers.networks:stamped", params, ROWS, BATCH, [FEATURES])
 
 
-def first_step_at(stamps: Path) -> float | None:
-    """When rank 0 had taken its first step, by `time.monotonic()`; None before."""
-    return next((stamp.at_s for stamp in read_stamps(stamps) if stamp.rank == 0), None)
+def has_stepped(stamps: Path) -> bool:
+    return any(stamp.rank == 0 for stamp in read_stamps(stamps))
+
+
+def first_step_at(stamps: Path) -> float:
+    """When rank 0 had taken its first step, by `time.monotonic()`."""
+    return next(stamp.at_s for stamp in read_stamps(stamps) if stamp.rank == 0)
 
 
 def measure_calls(peer: str, calls: int, folder: Path) -> list[float]:
@@ -110,10 +121,10 @@ def calls_of_bigray(calls: int, folder: Path) -> list[float]:
     seconds = []
     with own_ray(), live_group(ROWS, [FEATURES], folder / "runs", warm_spare=False) as group:
         for number in range(calls):
-            job = make_job(folder / f"stamps-{number}")
+            stamps = folder / f"stamps-{number}"
             started = time.monotonic()
-            ray.get(group.execute(job))
-            seconds.append((first_step_at(folder / f"stamps-{number}") or 0.0) - started)
+            ray.get(group.execute(make_job(stamps)))
+            seconds.append(first_step_at(stamps) - started)
             time.sleep(0.5)
     return seconds
 
@@ -124,35 +135,42 @@ def calls_of_trainer(calls: int, folder: Path) -> list[float]:
     start_ray()
     seconds = []
     for number in range(calls):
-        job = make_job(folder / f"stamps-{number}")
+        stamps = folder / f"stamps-{number}"
         started = time.monotonic()
-        fit(job, folder / "runs", f"call-{number}")
-        seconds.append((first_step_at(folder / f"stamps-{number}") or 0.0) - started)
+        fit(make_job(stamps), folder / "runs", f"call-{number}")
+        seconds.append(first_step_at(stamps) - started)
     return seconds
 
 
 def command_of_torchrun(folder: Path) -> float:
     started = time.monotonic()
     with torchrun({"jobs": [asdict(make_job(folder / "stamps"))]}) as process:
-        at = wait_for(lambda: first_step_at(folder / "stamps"), "the first step", lambda: not process.poll())
+        wait_for(lambda: has_stepped(folder / "stamps"), "the first step", lambda: not process.poll())
         process.wait()
-    return float(at) - started
+    return first_step_at(folder / "stamps") - started
 
 
-def command_of_bigray(folder: Path) -> float:
+def command_of_bigray(folder: Path, job: PlainJob) -> float:
     import numpy as np
 
     x, y = make_rows(ROWS * 2, [FEATURES])
     np.savez(folder / "rows.npz", x=x, y=y)
-    job = make_job(folder / "stamps")
     (folder / "job.toml").write_text(job_file(folder, job))
     command = [sys.executable, "-m", "bigray", "train", str(folder / "job.toml")]
-    started = time.monotonic()
+    started, started_on = time.monotonic(), time.time()
     done = subprocess.run(command, env=clean_environment(), cwd=folder, capture_output=True, text=True, check=False)
-    at = first_step_at(folder / "stamps")
-    if at is None or done.returncode != 0:
+    if done.returncode != 0:
         sys.exit(f"bigray train failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return at - started
+    if job.factory == MLP:
+        return first_report_on(folder / "runs") - started_on
+    return first_step_at(folder / "stamps") - started
+
+
+def first_report_on(runs: Path) -> float:
+    """When the first report was written to the only journal there, in seconds since 1970."""
+    journal = next(path for path in runs.rglob("*.jsonl"))
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    return float(next(event["time"] for event in events if event["kind"] == "epoch"))
 
 
 def job_file(folder: Path, job: PlainJob) -> str:
@@ -191,11 +209,9 @@ def show(figures: dict[str, list[float]], firsts: dict[str, list[float]]) -> Non
     rows = []
     for peer, values in figures.items():
         first = f"{statistics.median(firsts[peer]):.3f}" if firsts[peer] else ""
-        beside = (
-            f"{middles[peer] / middles[ours]:.1f}x" if ours in middles else "" for ours in LABELS if "big" in ours
-        )
+        beside = (f"{middles[peer] / middles[ours]:.1f}x" if ours in middles else "" for ours in BESIDE)
         rows.append((LABELS[peer], str(len(values)), *spread(values), first, *beside))
-    columns = ("peer", "calls", "s", "least", "most", "first call", "beside bigray warm", "beside bigray cold")
+    columns = ("peer", "calls", "s", "least", "most", "first call", *(f"beside {ours}" for ours in BESIDE))
     print_table("seconds to the first optimizer step, 2 workers", columns, rows)
 
 

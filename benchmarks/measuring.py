@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 TUNED = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """The settings that make a `TorchTrainer` quickest."""
-DEADLINE_S = 240.0
+DEADLINE_S = 400.0
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,26 @@ def torchrun(document: Mapping[str, Any], *options: str) -> Iterator[subprocess.
             print(errors.decode()[-3000:], file=sys.stderr)
 
 
+class Stamps:
+    """What models have told in a file; a line that is being written is left for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read_bytes = path, 0
+
+    def new(self) -> list[Stamp]:
+        """Those since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read_bytes)
+            whole_lines = file.read().rpartition(b"\n")[0]
+        self._read_bytes += len(whole_lines) + 1 if whole_lines else 0
+        return [Stamp(*json.loads(line)) for line in whole_lines.splitlines()]
+
+
 def read_stamps(path: Path) -> list[Stamp]:
-    """What models have told so far; a line that is being written is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [Stamp(*json.loads(line)) for line in lines if line.endswith("\n")]
+    """All of them."""
+    return Stamps(path).new()
 
 
 def wait_for(found: Callable[[], Any], what: str, is_alive: Callable[[], bool] = lambda: True) -> Any:

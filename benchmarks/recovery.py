@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from measuring import TUNED, Stamp, print_table, read_stamps, run_in_own_process, spread, tell, torchrun, wait_for
+from measuring import TUNED, Stamp, Stamps, print_table, run_in_own_process, spread, tell, torchrun, wait_for
 from training_peers.plain_loop import PlainJob
 
 LABELS = {
@@ -41,6 +41,8 @@ DEFAULT_ROUNDS = {"full": 2, "small": 1}
 BATCH, STEPS, FEATURES = 32, 6000, 4
 SAVE_EVERY = 90
 """Steps in about a second."""
+WINDOW = 10
+"""Steps half way between two checkpoints in which a worker is ended."""
 BUSY_SHARE = 0.05
 """A spare process that uses less of a core than this has done its imports."""
 
@@ -81,25 +83,28 @@ def make_job(folder: Path) -> PlainJob:
     return PlainJob("training_peers.networks:counted", params, BATCH * STEPS, BATCH, [FEATURES], save_every=SAVE_EVERY)
 
 
-def seconds_to_recover(stamps: Path, is_alive: Callable[[], bool] = lambda: True) -> float:
+def seconds_to_recover(path: Path, is_alive: Callable[[], bool] = lambda: True) -> float:
     """End one worker of a training that is under way, half way between checkpoints, and wait for its replacement."""
+    stamps, known, reached = Stamps(path), set[int](), 0
 
     def half_way() -> Stamp | None:
-        newest = [stamp for stamp in read_stamps(stamps) if stamp.rank == 1][-1:]
-        is_time = newest and newest[0].step > 3 * SAVE_EVERY and newest[0].step % SAVE_EVERY == SAVE_EVERY // 2
-        return newest[0] if is_time else None
+        nonlocal reached
+        newest = None
+        for stamp in stamps.new():
+            known.add(stamp.pid)
+            reached, newest = max(reached, stamp.step), stamp if stamp.rank == 1 else newest
+        since_checkpoint = reached % SAVE_EVERY - SAVE_EVERY // 2
+        return newest if reached > 3 * SAVE_EVERY and 0 <= since_checkpoint < WINDOW else None
+
+    def beyond() -> Stamp | None:
+        # a process that begins the step after the next has seen the next one done by all ranks
+        return next((stamp for stamp in stamps.new() if stamp.pid not in known and stamp.step > reached + 1), None)
 
     victim = wait_for(half_way, "training to be under way", is_alive)
     ended_at = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
-    before = [stamp for stamp in read_stamps(stamps) if stamp.at_s <= ended_at + 0.05]
-    known, reached = {stamp.pid for stamp in before}, max(stamp.step for stamp in before)
-
-    def beyond() -> Stamp | None:
-        # a process that begins the step after the next has seen the next one done by all ranks
-        fresh = (stamp for stamp in read_stamps(stamps) if stamp.pid not in known and stamp.step > reached + 1)
-        return next(fresh, None)
-
+    time.sleep(0.05)  # the survivor may yet begin the step that is broken off
+    reached = max([reached, *(stamp.step for stamp in stamps.new())])
     return float(wait_for(beyond, "training to go on", is_alive).at_s - ended_at)
 
 

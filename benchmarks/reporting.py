@@ -1,6 +1,6 @@
 """Reports a second that reach the driver, and what they cost the loop: bigray, and `ray.train.report`.
 
-    python benchmarks/reporting.py [--size full|small] [--rounds 3]
+    python benchmarks/reporting.py [--size full|small] [--rounds 2]
 
 A loop of the user's own, on two workers, reports two numbers again and again: without a pause, and with 1 ms of work in
 between. The rate is the number of reports over the time from the start of the loop to the last one's arrival, at the
@@ -49,7 +49,7 @@ class Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SECONDS, default="full")
-    parser.add_argument("--rounds", type=int, help="default: 3, with --size small 1")
+    parser.add_argument("--rounds", type=int, help="default: 2, with --size small 1")
     parser.add_argument("--peers", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--peer", choices=LABELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
             print(json.dumps(asdict(of_peer(Path(folder), kind, arguments.size, config))))
         return
     figures: dict[str, list[Figures]] = {peer: [] for peer in arguments.peers}
-    for number in range(arguments.rounds or (1 if arguments.size == "small" else 3)):
+    for number in range(arguments.rounds or (1 if arguments.size == "small" else 2)):
         for peer in arguments.peers:
             more = TUNED if "tuned" in peer else {}
             found = Figures(**run_in_own_process(__file__, "--peer", peer, "--size", arguments.size, **more))

@@ -1,6 +1,6 @@
 """Steady training throughput of two workers: bigray's loop in a live group, and `torchrun` with a plain DDP loop.
 
-    python benchmarks/training_throughput.py [--size full|small] [--rounds 4]
+    python benchmarks/training_throughput.py [--size full|small] [--rounds 3]
 
 Samples a second from step 50 to step 550 of one epoch, by the clock of rank 0, for an MLP 784-256-10 at batches of 64
 and 256, and a CNN with 16 and 32 channels on 28x28. Both sides have the same model, AdamW with one fused kernel, the
@@ -61,7 +61,7 @@ Figures = dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--rounds", type=int, help="default: 4, with --size small 1")
+    parser.add_argument("--rounds", type=int, help="default: 3, with --size small 1")
     parser.add_argument("--peer", choices=("bigray", "torchrun"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
@@ -71,7 +71,7 @@ def main() -> None:
         print(json.dumps(figures))
         return
     everything: Figures = defaultdict(list)
-    for number in range(arguments.rounds or (1 if arguments.size == "small" else 4)):
+    for number in range(arguments.rounds or (1 if arguments.size == "small" else 3)):
         for peer in ("bigray", "torchrun"):
             started = time.monotonic()
             found = run_in_own_process(__file__, "--peer", peer, "--size", arguments.size)

@@ -1,4 +1,4 @@
-"""The plain loop under Ray Train's `TorchTrainer`, as its documentation has it."""
+"""The plain loop under Ray Train's `TorchTrainer`."""
 
 from __future__ import annotations
 
