@@ -92,6 +92,7 @@ def ensure_connected(address: str | None = None) -> Connection:
 
     if ray.is_initialized():
         return Connection(ray.get_runtime_context().gcs_address, embedded=False)
+    keep_stdout_for_results()
     try:
         context = ray.init(address=target or "local", **_init_options(embedded=target is None))
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -122,6 +123,23 @@ def prepare_environment(*, joining: bool) -> None:
     Config.initialize("")  # Ray reads its variables when it is imported, which may have been before now
     # a thread that outlives its connection must not join whatever other cluster this machine runs
     auto_init_hook.enable_auto_connect = False
+
+
+def keep_stdout_for_results() -> None:
+    """Have Ray tell on standard error that a process died: on standard output a script expects one JSON document.
+
+    Ray 2.60 has no setting for it: its driver writes what the raylet reports to `sys.stdout`.
+    """
+    from ray._private import worker
+
+    tell = worker.print_to_stdstream
+    if tell.__module__ == __name__:  # done already
+        return
+
+    def tell_apart(data: dict[str, Any], ignore_prefix: bool) -> None:
+        tell({**data, "is_err": data["is_err"] or data.get("pid") == "raylet"}, ignore_prefix)
+
+    worker.print_to_stdstream = tell_apart
 
 
 def has_token() -> bool:
