@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,9 @@ def run_in_own_process(script: str, *arguments: str, **environment: str) -> Any:
 def torchrun(document: Mapping[str, Any], *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """`torchrun --nproc-per-node 2` on the plain DDP script, with its arguments; ended with the block."""
     script = HERE / "training_peers" / "torchrun_ddp.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # not --standalone: the workers it restarts find the addresses of those before them, and fail in their turn
+    place = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", *place]
     process = subprocess.Popen(
         [*command, *options, str(script), json.dumps(document)],
         env=clean_environment(),
@@ -67,11 +70,18 @@ def torchrun(document: Mapping[str, Any], *options: str) -> Iterator[subprocess.
     try:
         yield process
     finally:
-        if process.poll() is None:
+        is_cut_short = process.poll() is None
+        if is_cut_short:
             process.send_signal(signal.SIGTERM)  # which it passes on to its workers
         _, errors = process.communicate()
-        if process.returncode > 0:
+        if process.returncode and not is_cut_short:
             print(errors.decode()[-3000:], file=sys.stderr)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Stamps:

@@ -38,7 +38,9 @@ LABELS = {
     "trainer tuned": "TorchTrainer, max_failures=3, tuned",
 }
 DEFAULT_ROUNDS = {"full": 2, "small": 1}
-BATCH, STEPS, FEATURES = 32, 6000, 4
+BATCH, FEATURES = 32, 4
+STEPS, STEPS_WITH_SPARE = 1500, 4500
+"""A group has its spare after some 20 s."""
 SAVE_EVERY = 90
 """Steps in about a second."""
 WINDOW = 10
@@ -56,8 +58,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peer:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(arguments.peer, Path(folder))), flush=True)
-            os._exit(0)  # a peer that was measured may be in the middle of its training
+            print(json.dumps(measure(arguments.peer, Path(folder))))
+        return
     figures: dict[str, list[float]] = {peer: [] for peer in arguments.peers}
     for number in range(arguments.rounds or DEFAULT_ROUNDS[arguments.size]):
         for peer in arguments.peers:
@@ -78,9 +80,9 @@ def measure(peer: str, folder: Path) -> float:
             return of_trainer(folder)
 
 
-def make_job(folder: Path) -> PlainJob:
+def make_job(folder: Path, steps: int = STEPS) -> PlainJob:
     params = {"path": str(folder / "stamps"), "delay_s": 0.01}
-    return PlainJob("training_peers.networks:counted", params, BATCH * STEPS, BATCH, [FEATURES], save_every=SAVE_EVERY)
+    return PlainJob("training_peers.networks:counted", params, BATCH * steps, BATCH, [FEATURES], save_every=SAVE_EVERY)
 
 
 def seconds_to_recover(path: Path, is_alive: Callable[[], bool] = lambda: True) -> float:
@@ -123,22 +125,26 @@ def of_trainer(folder: Path) -> float:
     training = threading.Thread(target=fit, args=arguments, daemon=True)
     training.start()
     seconds = seconds_to_recover(folder / "stamps", training.is_alive)
+    training.join()
     ray.shutdown()
     return seconds
 
 
 def of_bigray(folder: Path, *, warm_spare: bool) -> float:
+    import ray
     from training_peers.bigray_group import live_group, own_ray
 
-    job, seconds = make_job(folder), 0.0
-    group_of = live_group(job.rows, job.shape, folder / "runs", warm_spare=warm_spare)
-    # Ctrl-C is how a run ends before its training does
-    with own_ray(), contextlib.suppress(KeyboardInterrupt), group_of as group:
-        group.execute(job, checkpoint_every_s=1.0)
+    job = make_job(folder, STEPS_WITH_SPARE if warm_spare else STEPS)
+    with own_ray(), live_group(job.rows, job.shape, folder / "runs", warm_spare=warm_spare) as group:
+        result = group.execute(job, checkpoint_every_s=1.0)
+
+        def is_training() -> bool:
+            return not ray.wait([result], timeout=0)[0]
+
         if warm_spare:
-            wait_for(spare_is_idle, "the spare process")
-        seconds = seconds_to_recover(folder / "stamps")
-        raise KeyboardInterrupt
+            wait_for(spare_is_idle, "the spare process", is_training)
+        seconds = seconds_to_recover(folder / "stamps", is_training)
+        ray.get(result)
     return seconds
 
 
