@@ -64,5 +64,5 @@ def _train_one(switchboard: Any, trial: TrialSpec) -> None:
         ask(switchboard.push.remote(Event.of_state(trial.trial_id, state)))
     except TrainingFailed as error:
         ask(switchboard.push.remote(Event("failed", trial.trial_id, {"error": str(error)})))
-    finally:
-        ask(switchboard.release.remote(group))
+    # not where something else was raised: the run is being ended then, and with Ray gone a call ends this process
+    ask(switchboard.release.remote(group))

@@ -4,8 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import Run, only_json, ray_processes
 from tests.integration.jobs import write_blobs
+
+pytestmark = pytest.mark.timeout(500)
+"""Three groups start, one after another, and two workers are replaced."""
 
 JOB = """
 name    = "blobs"
@@ -36,7 +41,7 @@ def test_an_exact_job_is_identical_after_two_kills_and_a_resize(bigray: Run, tmp
     workers = min(2, len(os.sched_getaffinity(0)))
     file = tmp_path / "job.toml"
     file.write_text(JOB.format(folder=tmp_path, source=write_blobs(tmp_path / "blobs.npz"), workers=workers))
-    done = bigray("verify", str(file), "--kills", "2", "--json", timeout=300)
+    done = bigray("verify", str(file), "--kills", "2", "--json", timeout=450)
     assert done.returncode == 0, done.stderr
     document = only_json(done.stdout)
     (model,) = document["models"]
