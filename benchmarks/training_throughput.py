@@ -7,8 +7,9 @@ and 256, and a CNN with 16 and 32 channels on 28x28. Both sides have the same mo
 whole set in memory, the same rows in the same order, and one thread for each worker. What bigray's loop does besides is
 in its figure: the check for NaN, the count of the samples, heartbeat, and the ranks' agreement on checkpoints.
 
-In each round both sides run in processes of their own, one after the other; bigray's Ray is up only in its turn. The
-cost of `exact = true` and of `strategy = "fsdp"` is measured beside bigray's plain loop, in the same group.
+In each round both sides run in processes of their own, one after the other, and warm up by a training that does not
+count; bigray's Ray is up only in its turn. The cost of `exact = true` and of `strategy = "fsdp"` is measured beside
+bigray's plain loop, in the same group.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ def of_bigray(size: Size, folder: Path) -> Figures:
         for case in size.cases:
             job = make_job(size, case, folder)
             with live_group(job.rows, job.shape, folder / name_of(case, "runs"), warm_spare=False) as group:
+                # Ray is still starting idle processes when the first trial begins
+                ray.get(group.execute(make_job(size, case, folder / "warm-up")))
                 for repeat in range(size.repeats):
                     for variant, (settings, passes) in VARIANTS.items():
                         stamps = folder / f"{name_of(case, variant)}-{repeat}"
@@ -124,16 +127,16 @@ def of_bigray(size: Size, folder: Path) -> Figures:
 
 def of_torchrun(size: Size, folder: Path) -> Figures:
     figures: Figures = defaultdict(list)
-    runs = [
-        (case, folder / f"{name_of(case, 'torchrun')}-{repeat}")
-        for case in size.cases
-        for repeat in range(size.repeats)
-    ]
-    jobs = [asdict(make_job(size, case, stamps)) for case, stamps in runs]
+    repeats = range(1 + size.repeats)
+    stamps = {
+        (case, repeat): folder / f"{name_of(case, 'torchrun')}-{repeat}" for case in size.cases for repeat in repeats
+    }
+    jobs = [asdict(make_job(size, case, path)) for (case, _), path in stamps.items()]
     with torchrun({"jobs": jobs}) as process:
         wait_for(lambda: process.poll() is not None, "the end of torchrun")
-    for case, stamps in runs:
-        figures[name_of(case, "torchrun")].append(rate(size, case, read_stamps(stamps)))
+    for (case, repeat), path in stamps.items():
+        if repeat:  # the first is the warm-up
+            figures[name_of(case, "torchrun")].append(rate(size, case, read_stamps(path)))
     return figures
 
 
