@@ -18,6 +18,7 @@ from bigray.training.commands import Event
 from tests.integration.jobs import last_weights, make_job, weights_of_one_process
 
 PATIENCE_S = 150.0
+pytestmark = pytest.mark.timeout(500)
 
 
 @pytest.fixture
