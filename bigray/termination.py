@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, so that a run that is told to end leaves through the same doors as one that is interrupted."""
+"""SIGTERM as an exception, so that a run that is told to end leaves by the same doors as an interrupted one."""
 
 from __future__ import annotations
 
