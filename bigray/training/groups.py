@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bigray.data.dataset import Dataset
@@ -128,8 +129,9 @@ def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: t
         try:
             _make_trainer(setup, scaling, f"{scratch}/{number}").fit()
             message = "the worker group was stopped"
-        except RayActorError:
+        except RayActorError as error:
             if not is_over.is_set():
+                _free_places_of(error.actor_id)
                 continue
             message = "the run is over"
         except Exception as error:  # whatever ends the run must reach those who wait for the group
@@ -139,6 +141,22 @@ def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: t
         ray.get(setup.switchboard.group_ended.remote(setup.group, message))
 
 
+def _free_places_of(actor_id: str | None) -> None:
+    """Give back the places of the workers of a controller that died.
+
+    Ray keeps them for as long as this driver lives. Ray Train's own cleaner asks the dashboard who is dead, and an
+    embedded Ray has none.
+    """
+    from ray._private import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    with contextlib.suppress(ray.exceptions.RayError):  # the run is being ended
+        for packed in state.state._connect_and_get_accessor().get_placement_group_table():
+            found = PlacementGroupTableData.FromString(packed)
+            if found.creator_actor_id.hex() == actor_id:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
+
+
 def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
@@ -146,7 +164,7 @@ def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
     from bigray.training.backend import GroupConfig
     from bigray.training.worker import run_worker
 
-    return TorchTrainer(
+    trainer = TorchTrainer(
         run_worker,
         train_loop_config={"setup": setup},
         scaling_config=_scaling_config(scaling),
@@ -168,6 +186,10 @@ def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
             ),
         ),
     )
+    # what an elastic group may take of the cluster is reserved under this name, for three minutes beyond a controller
+    # that is killed: the next one, also of the next command, takes the reservation over instead of waiting behind it
+    object.__setattr__(trainer.train_run_context, "run_id", f"bigray-{setup.paths.storage.uri}-{setup.group}")
+    return trainer
 
 
 def _scaling_config(scaling: ScalingSpec) -> Any:

@@ -32,6 +32,10 @@ class Hang:
     is_silent: bool
     must_end: bool
 
+    @property
+    def innermost_frame(self) -> str:
+        return self.beat.stack.rpartition(" > ")[2]
+
     def describe(self) -> str:
         how = "has not been heard" if self.is_silent else "makes no progress"
         place = f"rank {self.rank} (pid {self.member.pid} on {self.member.node_ip})"

@@ -59,6 +59,8 @@ class _Group:
     is_excused: bool = False
     """The next generation is no worker's death: a command failed by its own error, a resize, or a preemption."""
     told_hangs: set[tuple[Any, ...]] = field(default_factory=set)
+    last_loss: str = ""
+    """Who was lost last, and how."""
     ended: str | None = None
 
     @property
@@ -130,7 +132,7 @@ class Switchboard:
             raise TrainingFailed(it.ended or "the run is being stopped")
         result = asyncio.get_running_loop().create_future()
         serial = next(self._serials)
-        it.command, it.result = (serial, command), (serial, result)
+        it.command, it.result, it.last_loss = (serial, command), (serial, result), ""
         await self._notify()
         return await result
 
@@ -383,13 +385,15 @@ class Switchboard:
         num_deaths = self._num_deaths[it.trial_id]
         if num_deaths > self._max_failures:
             text = f"its workers died {num_deaths} times, more than scaling.max_failures = {self._max_failures}"
-            self._settle(it, failure=TrainingFailed(text))
+            last = f"; the last, {it.last_loss}" if it.last_loss else ""
+            self._settle(it, failure=TrainingFailed(text + last))
 
     def _lose(self, it: _Group, member: Member, how: str) -> None:
         if member in it.roster.seated and member.key not in it.roster.gone and not it.is_stopping:
             rank = it.roster.seated.index(member)
             values = {"rank": rank, "pid": member.pid, "node": member.node_ip, "how": how}
             self._tell(Event("lost", it.trial_id, values))
+            it.last_loss = f"rank {rank} (pid {member.pid} on {member.node_ip}): {how}"
         it.beats.pop(member.key, None)
         it.roster.lose(member)
 
@@ -492,8 +496,8 @@ class Switchboard:
             it.told_hangs.add(key)
             self._tell(Event("hang", it.trial_id, {"rank": hang.rank, "pid": hang.member.pid, "text": hang.describe()}))
         if hang.must_end:
+            await self._lost_everywhere(hang.member, f"it hung and was ended, at {hang.innermost_frame}")
             await asyncio.to_thread(kill_process, hang.member, self._node_id)
-            await self._lost_everywhere(hang.member, "it hung and was ended")
 
     async def _notify(self) -> None:
         async with self._changed:
