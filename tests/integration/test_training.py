@@ -22,6 +22,7 @@ from bigray.training.commands import Event
 from bigray.training.request import make_request
 from bigray.training.runner import train, training_trials
 from tests.integration.jobs import last_weights, make_job
+from tests.processes import worker_pids
 
 pytestmark = pytest.mark.usefixtures("four_cpu_ray")
 
@@ -74,20 +75,6 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not is_so():
         assert time.monotonic() < deadline, "it did not become so"
         time.sleep(0.2)
-
-
-def worker_pids() -> list[int]:
-    """Process ids of the live Ray Train workers on this machine, by the name Ray gives the process."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes()
-            except OSError:  # ended while we looked
-                continue
-            if title.startswith((b"ray::RayTrainWorker", b"ray::_RayTrainWorker")):
-                found.append(int(entry.name))
-    return sorted(found)
 
 
 def test_a_model_that_raises_is_reported_and_the_other_model_still_wins(tmp_path: Path) -> None:

@@ -49,15 +49,52 @@ def batch_norm_net(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
     )
 
 
-def paced_mlp(input_shape: tuple[int, ...], num_outputs: int, pace_file: str) -> nn.Module:
-    """As `slow_mlp`; the seconds of a step are read from a file each time, so that a test can let it run."""
+def paced_mlp(input_shape: tuple[int, ...], num_outputs: int, pace_file: str, seen: str = "") -> nn.Module:
+    """As `slow_mlp`; the seconds of a step are read from a file each time, so that a test can let it run.
+
+    Each process that trains touches a file named after its pid in the folder `seen`, where one is given.
+    """
+    import os
     import time
     from pathlib import Path
 
     class Pace(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.training:
+                if seen:
+                    Path(seen, str(os.getpid())).touch()
                 time.sleep(float(Path(pace_file).read_text()))
             return x
 
     return nn.Sequential(Pace(), nn.Linear(input_shape[0], 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
+
+
+def loops_for_ever(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    """Rank 1 never comes back from its first step."""
+    import os
+
+    class LoopsForEver(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                wait_for_godot(on_rank="1", rank=os.environ["RANK"])
+            return super().forward(x)
+
+    return LoopsForEver(input_shape[0], num_outputs)
+
+
+def wait_for_godot(on_rank: str, rank: str) -> None:
+    while rank == on_rank:
+        pass
+
+
+def exits(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    """Rank 1's process ends in its first step, without a word."""
+    import os
+
+    class Exits(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training and os.environ["RANK"] == "1":
+                os._exit(7)
+            return super().forward(x)
+
+    return Exits(input_shape[0], num_outputs)
