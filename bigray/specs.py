@@ -331,7 +331,7 @@ class ScalingSpec(Spec):
     max_failures: int = Field(default=3, ge=0)
     """Worker deaths a trial survives; after each it goes on from the last checkpoint. A preemption is not one."""
     warm_spare: bool = True
-    """Beside a run that lasts, keep an idle process, everything imported, that takes a lost worker's seat (CPU only)."""
+    """Beside a run that lasts, keep an idle process with all imported, that takes a lost worker's seat (CPU only)."""
 
     @property
     def is_elastic(self) -> bool:
