@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError
 from bigray.data.dataset import TrainingArrays
 from bigray.errors import BigrayError, StorageError, TrainingFailed
 from bigray.specs import TrialSpec
+from bigray.training.allocator import keep_freed_memory
 from bigray.training.batch_finder import resolve_batch_size
 from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, load_checkpoint
 from bigray.training.commands import Command, Event, ExportBundle, Stop, TrainTo, Wish
@@ -87,6 +88,7 @@ def _serve(setup: GroupSetup, group: int | None, member: Member, device: torch.d
     Raises:
         Preempted: this process's node is about to go away; Ray Train then starts another.
     """
+    keep_freed_memory()
     torch.set_num_threads(setup.threads_per_worker)
     # DDP warns once for every process about matters of ours that are deliberate; errors still raise
     logging.getLogger("torch").setLevel(logging.ERROR)

@@ -1,0 +1,25 @@
+"""Freed memory stays with the process once it is told to."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import resource
+import numpy as np
+from bigray.training.allocator import keep_freed_memory
+
+keep_freed_memory()
+
+def page_faults_of_a_large_array():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**21, dtype=np.float64)  # 16 MiB: 4,096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+page_faults_of_a_large_array()
+print(page_faults_of_a_large_array())
+"""
+
+
+def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 400
