@@ -10,7 +10,8 @@ import contextlib
 import importlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,9 @@ from bigray.training.switchboard import Switchboard, ask
 STOP_TIMEOUT_S = 20.0
 HOLD_TIMEOUT_S = 20.0
 """For the checkpoints that are committed when the driver is told to end."""
+LETTING_GO_S = 5.0
+"""For the driver's threads when it is told to end: Ray ends the process on the spot, with exit code 1, where a thread
+still uses the connection that is being closed."""
 DRAIN_WATCH_EVERY_S = 1.0
 RESIZE_EVERY_S = 5.0
 """How often an elastic group looks whether the cluster has changed (Ray: 60 s)."""
@@ -94,19 +98,21 @@ def open_groups(
             _start_thread(f"worker-group-{group}", _run_group, replace(setup, group=group), scaling, scratch, is_over)
             for group in range(count)
         ]
-        _start_thread("drain-watch", _watch_drains, switchboard, is_over)
+        helpers = [_start_thread("drain-watch", _watch_drains, switchboard, is_over)]
         if scaling.warm_spare and not scaling.gpus_per_worker:
-            _start_thread("spare", _keep_spare, setup, is_over)
+            helpers.append(_start_thread("spare", _keep_spare, setup, is_over))
         try:
             yield WorkerGroups(switchboard, count)
         except Exception:
             _stop(switchboard, groups)
             raise
         except BaseException:
-            # Ctrl-C: the workers may be hours from their next command, so they are not waited for once their state is
-            # safe; they end with this process's connection, or on finding the switchboard gone
+            # Ctrl-C: the workers may be hours from their next command, so they are not waited for long once their state
+            # is safe; they end on finding the switchboard gone, or with this process's connection
             _hold_all(switchboard)
+            is_over.set()
             ray.kill(switchboard)
+            _join([*groups, *helpers], LETTING_GO_S)
             raise
         finally:
             is_over.set()
@@ -247,6 +253,11 @@ def _hold_all(switchboard: Any) -> None:
 def _stop(switchboard: Any, threads: list[threading.Thread]) -> None:
     with contextlib.suppress(ray.exceptions.RayError):  # already gone with its cluster
         ray.get(switchboard.stop_all.remote(), timeout=STOP_TIMEOUT_S)
-    for thread in threads:
-        thread.join(STOP_TIMEOUT_S)
+    _join(threads, STOP_TIMEOUT_S)
     ray.kill(switchboard)
+
+
+def _join(threads: Sequence[threading.Thread], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
