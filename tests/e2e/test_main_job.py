@@ -85,30 +85,3 @@ def wait_for_checkpoint(folder: Path, timeout_s: float = 120.0) -> None:
     while not list(folder.glob("runs/*/trials/*/ckpt-*/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.1)
-
-
-def test_ctrl_c_says_how_to_go_on_and_leaves_no_process(tmp_path: Path) -> None:
-    before = ray_processes()
-    settings = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=2000")
-    process = subprocess.Popen([BIGRAY, "train", DIGITS, *settings], stderr=subprocess.PIPE, text=True)
-    wait_for_checkpoint_or_epoch(tmp_path)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on where it stopped" in errors
-    assert "Traceback" not in errors
-    wait_until_gone(before)
-
-
-def wait_for_checkpoint_or_epoch(folder: Path, timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not any('"epoch"' in path.read_text() for path in folder.glob("runs/*/journal/*.jsonl")):
-        assert time.monotonic() < deadline, "no epoch was reported"
-        time.sleep(0.1)
-
-
-def wait_until_gone(before: set[int], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while left := ray_processes() - before:
-        assert time.monotonic() < deadline, f"still running: {left}"
-        time.sleep(0.2)
