@@ -23,7 +23,7 @@ from tests.integration.jobs import write_blobs
 
 PATIENCE_S = 120.0
 SIGNALS = {signal.SIGTERM: (143, "told to end (SIGTERM)"), signal.SIGINT: (130, "interrupted")}
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 
 @pytest.fixture
