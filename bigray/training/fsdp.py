@@ -141,13 +141,11 @@ def load_into(tensors: Mapping[str, torch.Tensor], files: Mapping[str, bytes], s
                 tensor.copy_(full)
 
 
-def full_weights(module: nn.Module) -> StateDict:
-    """The whole weights on rank 0's CPU; empty on the others. Collective, one tensor on the device at a time."""
-    return full_tensors(module.state_dict())
-
-
 def full_tensors(tensors: Mapping[str, torch.Tensor]) -> StateDict:
-    """Each tensor whole, on rank 0's CPU with memory of its own; empty on the others. Collective."""
+    """Each tensor whole, on rank 0's CPU with memory of its own; empty on the others.
+
+    Collective, one tensor on the device at a time.
+    """
     full: StateDict = {}
     for name, tensor in tensors.items():
         gathered = whole(tensor.detach())

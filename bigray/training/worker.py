@@ -189,7 +189,7 @@ class TrialHooks:
 
     def __init__(self, loop: _CommandLoop, trial: TrialSpec) -> None:
         self._loop, self._trial = loop, trial
-        self.saver = loop.make_saver(trial, self._report_saved)
+        self.saver = CheckpointSaver(loop.setup.paths, trial, loop.setup.attempt, self._report_saved)
         self.saved: Progress | None = None
         """Progress of the newest checkpoint on storage, or on its way there."""
         self.was_stopped = False
@@ -278,9 +278,6 @@ class _CommandLoop:
         """Report from rank 0; never waits."""
         if self.is_first:
             self._process.reporter.push(Event(kind, trial.trial_id, values))
-
-    def make_saver(self, trial: TrialSpec, on_saved: Callable[[int], None]) -> CheckpointSaver:
-        return CheckpointSaver(self.setup.paths, trial, self.setup.attempt, on_saved)
 
     def _next_command(self) -> tuple[int, Command] | None:
         """Wait for the next command (rank 0). Without a switchboard the run is over, and nobody will send one."""

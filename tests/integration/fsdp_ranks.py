@@ -20,7 +20,7 @@ from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
 from bigray.storage import open_storage, read_folder
 from bigray.training.checkpoint import Checkpoint, load_checkpoint
 from bigray.training.commands import Wish
-from bigray.training.fsdp import full_weights, load_tensors, local_tensors, new_shard, shard_module, whole
+from bigray.training.fsdp import full_tensors, load_tensors, local_tensors, new_shard, shard_module, whole
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.saver import CheckpointSaver
 from bigray.training.sharded import commit_shard
@@ -175,7 +175,7 @@ def _train_one_stage(worker: Worker, folder: Path, optimizer: str, steps: range,
     files = {shard.file_name(stem): safetensors.torch.save(_unshared(tensors)) for stem, tensors in stems.items()}
     commit_shard(storage, f"{optimizer}-{steps.stop}", shard, files, {"step": steps.stop}, attempt=1)
     dist.barrier()
-    weights = full_weights(module)
+    weights = full_tensors(module.state_dict())
     assert bool(weights) == (worker.rank == 0)
     if worker.rank == 0:
         safetensors.torch.save_file(_unshared(weights), folder / f"{optimizer}-{steps.stop}.safetensors")
