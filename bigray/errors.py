@@ -4,6 +4,7 @@ BigrayError                     exit code
 ├── SpecError                   2   a file or option is wrong; lists every fault
 │   └── CapacityError           2   the cluster cannot hold what was asked for, ever or now
 ├── TrainingFailed              3   a trial raised, diverged, or its workers died too often
+│   └── OutOfMemory             3   a worker had no memory for a forward or backward pass
 ├── StorageError                4   a path cannot be read or written
 │   ├── CorruptFile             4   a file's bytes do not match its manifest
 │   └── DiskFull                4   no space left, or a quota is used up
@@ -27,6 +28,7 @@ __all__ = [
     "CorruptFile",
     "DeployError",
     "DiskFull",
+    "OutOfMemory",
     "Preempted",
     "SpecError",
     "StorageError",
@@ -63,6 +65,17 @@ class TrainingFailed(BigrayError):
     """A trial could not be trained; the message ends with the first line of the worker's own error."""
 
     exit_code = 3
+
+
+class OutOfMemory(TrainingFailed):
+    """No memory, on the device or off it; `rows` of the largest forward pass of a worker, which half would do with."""
+
+    def __init__(self, message: str, rows: int) -> None:
+        self.message, self.rows = message, rows
+        super().__init__(message, rows)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class StorageError(BigrayError):

@@ -5,6 +5,7 @@
   journal/<attempt>.jsonl       append-only events of each attempt
   trials/<trial>/ckpt-<step>/   committed checkpoints
   trials/<trial>/batch_size.json   what global_batch_size = "auto" came to
+  stacks/<name>/<rank>/         trials that were trained together; gone when the run is complete
   bundle/                       the exported winner
 
 <storage>/verify-<hash>-<number>/   one `bigray verify`
@@ -27,6 +28,7 @@ from bigray.storage import Storage
 RUN_FILE = "run.json"
 JOURNAL = "journal"
 BUNDLE = "bundle"
+STACKS = "stacks"
 SHARED = ".bigray"
 VERIFICATION = "verification.json"
 REFERENCE = "reference"
@@ -69,6 +71,10 @@ class RunPaths:
     @staticmethod
     def checkpoint(trial_id: str, step: int) -> str:
         return f"{RunPaths.trial(trial_id)}/ckpt-{step:010d}"
+
+    @staticmethod
+    def stack(name: str) -> str:
+        return f"{STACKS}/{name}"
 
     @staticmethod
     def journal_file(attempt: int) -> str:

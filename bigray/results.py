@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bigray.storage import Storage
 
 TrialStatus = Literal["finished", "stopped early", "halted", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the time of a trial went, in seconds on rank 0; added up over its commands. In a stack, a lane's share."""
+
+    start_s: float = 0.0
+    """Building the model, loading a checkpoint, joining the process group."""
+    data_s: float = 0.0
+    """Gathering the rows of a batch and putting them on the device."""
+    compute_s: float = 0.0
+    """Forward, backward and optimizer step, with the averaging of gradients."""
+    evaluation_s: float = 0.0
+    checkpoint_s: float = 0.0
+    """The loop held up by a snapshot, and the wait for the last one to be committed."""
+    reporting_s: float = 0.0
+    other_s: float = 0.0
+    """The rest of the command: what no phase claims."""
+    cpu_s: float = 0.0
+    """Processor time of all ranks."""
+    gpu_s: float = 0.0
+    """GPUs held x time."""
+    peak_rss_bytes: int = 0
+    """Largest resident memory of a rank while it trained."""
+    peak_gpu_bytes: int = 0
+
+    def plus(self, other: Ledger) -> Ledger:
+        """The sum; of peaks, the larger."""
+        sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
+        for name in ("peak_rss_bytes", "peak_gpu_bytes"):
+            sums[name] = max(getattr(self, name), getattr(other, name))
+        return Ledger(**sums)
+
+    @property
+    def wall_s(self) -> float:
+        """From the command's arrival at the group to its completion."""
+        parts = (self.start_s, self.data_s, self.compute_s, self.evaluation_s, self.checkpoint_s, self.reporting_s)
+        return sum(parts) + self.other_s
 
 
 @dataclass(frozen=True)
@@ -31,6 +69,33 @@ class TrialResult:
     """Rows of complete epochs that took part in no step, as counted where they were loaded."""
     samples_repeated: int = 0
     """Times a row took part again in an epoch."""
+    num_parameters: int = 0
+    micro_batch_size: int | None = None
+    """Set where the trial ran out of memory and went on with smaller forward passes, of this many rows."""
+    waiting_s: float = 0.0
+    """Between a decision to train the trial (further) and a group that was free for it."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Over all commands of the trial."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One of the best trials, trained again with several seeds."""
+
+    trial_id: str
+    values: tuple[float, ...]
+    """The metric of each seed's best epoch."""
+    mean: float
+    low: float
+    """Of the 95 % interval of the mean (Student's t)."""
+    high: float
+    num_parameters: int
+    latency_ms: float | None
+    """Median time to predict one row; measured only where it decides."""
+    is_tied: bool
+    """Whether its interval overlaps that of the finalist with the best mean."""
+    best_seed_trial: str
+    """The trial of its best seed: what is deployed where this finalist wins."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +111,26 @@ class Leaderboard:
     bundle: Storage
     """Where the winner's bundle was written."""
     wall_s: float
+    finalists: tuple[Finalist, ...] = ()
+    """Where the search asks for finalists: the winner first, then by mean."""
+    slots: int = 1
+    """Worker groups that trained at once."""
+    training_wall_s: float = 0.0
+    """From the first trial's start to the last one's end, over all attempts."""
 
     @property
     def winner(self) -> TrialResult:
-        """The best trial: the model to deploy is this trial at its `best_step`."""
-        return self.trials[0]
+        """The best trial, or the best seed of the finalist that won: the model to deploy, at its `best_step`."""
+        if not self.finalists:
+            return self.trials[0]
+        return next(trial for trial in self.trials if trial.trial_id == self.finalists[0].best_seed_trial)
+
+    @property
+    def efficiency(self) -> float | None:
+        """Seconds of forward, backward and optimizer steps over all groups, for each second of each group."""
+        if not self.training_wall_s:
+            return None
+        return sum(trial.ledger.compute_s for trial in self.trials) / (self.training_wall_s * self.slots)
 
     @property
     def samples_lost(self) -> int:

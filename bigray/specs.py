@@ -218,6 +218,11 @@ class TrainingSpec(Spec):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows of one forward pass of one worker at most; a larger share is accumulated over several. Default: no limit."""
     lr: PositiveFloat = 1e-3
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How the rate follows the batch: lr x (global_batch_size / lr_batch_size), or its square root (Goyal et al. 2017,
+    arXiv 1706.02677; Krizhevsky 2014, arXiv 1404.5997)."""
+    lr_batch_size: int | None = Field(default=None, ge=1)
+    """The batch that `lr` is meant for; default: the job's own global_batch_size, also where a search varies it."""
     schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerName = "adamw"
     """A class of `torch.optim`, in any case: adamw, sgd, rmsprop, NAdam ..."""
@@ -293,6 +298,10 @@ class TrainingSpec(Spec):
             yield "exact: needs a fixed global_batch_size, 'auto' depends on the machine"
         if self.loop is not None and (self.exact or self.strategy == "fsdp"):
             yield "exact and strategy = 'fsdp' are of bigray's own loop; remove them, or loop"
+        if self.lr_batch_size is not None and self.lr_scaling == "none":
+            yield "lr_batch_size: is only read with lr_scaling = 'linear' or 'sqrt'"
+        if self.lr_scaling != "none" and self.global_batch_size == "auto" and self.lr_batch_size is None:
+            yield "lr_scaling: with global_batch_size = 'auto' it needs lr_batch_size, the batch that lr is meant for"
         is_classes = self.target_kind == "classification"
         if not is_classes and (self.label_smoothing or self.class_weights != "none"):
             yield "label_smoothing and class_weights are for classification"
@@ -303,6 +312,14 @@ class TrainingSpec(Spec):
         if self.global_batch_size == "auto":
             raise ValueError("global_batch_size is 'auto' and has not been found yet")
         return self.global_batch_size
+
+    @property
+    def scaled_lr(self) -> float:
+        """`lr` for this batch size, by `lr_scaling`: what the optimizer starts from (in a worker, as `batch_size`)."""
+        if self.lr_scaling == "none" or self.lr_batch_size is None:
+            return self.lr
+        ratio = self.batch_size / self.lr_batch_size
+        return self.lr * (ratio if self.lr_scaling == "linear" else math.sqrt(ratio))
 
     @property
     def target_kind(self) -> BuiltInTask:
@@ -330,6 +347,11 @@ class ScalingSpec(Spec):
     """Above 0 the group runs on GPUs over NCCL."""
     max_failures: int = Field(default=3, ge=0)
     """Worker deaths a trial survives; after each it goes on from the last checkpoint. A preemption is not one."""
+    isolate: bool = False
+    """Give each trial fresh processes, at the price of starting them (about ten seconds); default: warm ones."""
+    max_rss_gb: PositiveFloat | None = None
+    """A worker whose memory is above this after a trial is replaced by a fresh one; default: a quarter of the node's
+    memory, shared out over its workers."""
     warm_spare: bool = True
     """Beside a run that lasts, keep an idle process with all imported, that takes a lost worker's seat (CPU only)."""
 
@@ -394,37 +416,87 @@ class RangeSpec(Spec):
 
 
 class AshaSpec(Spec):
-    """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
+    """Asynchronous successive halving with promotion (Li et al. 2020, arXiv 1810.05934, algorithm 2)."""
 
     grace_epochs: int = Field(default=2, ge=1)
-    """No trial is stopped before this epoch."""
+    """Epochs that every trial gets."""
     reduction_factor: int = Field(default=3, ge=2)
-    """At each rung the best 1/reduction_factor go on; rungs are grace_epochs x reduction_factor^k."""
+    """The best 1/reduction_factor of a rung are promoted; rungs are at grace_epochs x reduction_factor^k epochs."""
+
+
+class MedianSpec(Spec):
+    """The median stopping rule (Golovin et al. 2017, Google Vizier, section 3.2.2)."""
+
+    grace_epochs: int = Field(default=2, ge=1)
+    """No trial is stopped before this epoch; each `grace_epochs` epochs it is looked at again."""
+    min_trials: int = Field(default=4, ge=1)
+    """Other trials that must have come as far before one is stopped."""
+
+
+class PbtSpec(Spec):
+    """Population based training (Jaderberg et al. 2017, arXiv 1711.09846). `trials` is the size of the population."""
+
+    interval_epochs: int = Field(default=2, ge=1)
+    """Epochs between two rounds of exploit and explore."""
+    quantile: float = Field(default=0.25, gt=0, le=0.5)
+    """The worst of the population, by this share, take over weights and settings of the best."""
+    resample_probability: Fraction = 0.25
+    """A setting that was taken over is drawn anew with this probability, else multiplied by 0.8 or 1.2 (a choice moves
+    to a neighbour)."""
+
+
+Space = dict[str, RangeSpec]
 
 
 class SearchSpec(Spec):
     """A search file: the space, the scheduler and the budget."""
 
-    space: dict[str, RangeSpec] = Field(min_length=1)
+    space: Space = {}
     """Keys are fields of `TrainingSpec`."""
-    search: Literal["random", "grid"] = "random"
+    spaces: dict[str, Space] = {}
+    """By model name: keys that are searched for that model only, or otherwise than in `space`."""
+    search: Literal["random", "grid", "tpe"] = "random"
+    """tpe: Optuna's tree-structured Parzen estimator, which learns from the trials before."""
     trials: int | None = Field(default=None, ge=1)
     """Trials in all, dealt out evenly to the models; a grid has as many as its product."""
     metric: str | None = None
     """Overrides the job's `training.metric`."""
-    scheduler: Literal["asha", "none"] = "asha"
+    scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
     asha: AshaSpec = AshaSpec()
+    median: MedianSpec = MedianSpec()
+    pbt: PbtSpec = PbtSpec()
+    finalists: int = Field(default=0, ge=0)
+    """This many of the best are trained again, to the end, with `seeds` seeds each; 0: the best trial wins as it is."""
+    seeds: int = Field(default=5, ge=2)
+    stack: Literal["auto", "off"] = "auto"
+    """auto: trials of one model and batch size are trained stacked in one process where that is faster here."""
 
     @model_validator(mode="after")
     def _space_suits_the_search(self) -> SearchSpec:
-        if self.search == "random" and self.trials is None:
-            raise ValueError("a random search needs 'trials'")
-        if self.search == "grid" and self.trials is not None:
-            raise ValueError("a grid runs its whole product: remove 'trials', or use search = \"random\"")
-        ranges = [key for key, values in self.space.items() if values.choice is None]
-        if self.search == "grid" and ranges:
-            raise ValueError(f"a grid needs 'choice' for every key, {ranges} have a range")
+        if faults := list(self._conflicts()):
+            raise ValueError("; ".join(faults))
         return self
+
+    def _conflicts(self) -> Iterable[str]:
+        if not self.space and not all(self.spaces.values()):
+            yield "space: is empty, there is nothing to search"
+        if not self.space and not self.spaces:
+            yield "space: is missing, there is nothing to search"
+        if self.search != "grid" and self.trials is None:
+            yield f'trials: search = "{self.search}" needs a number of trials'
+        if self.search == "grid" and self.trials is not None:
+            yield 'trials: a grid runs its whole product; remove it, or use search = "random"'
+        ranges = [key for space in (self.space, *self.spaces.values()) for key in space if space[key].choice is None]
+        if self.search == "grid" and ranges:
+            yield f"space: a grid needs 'choice' for every key, {ranges} have a range"
+        if self.scheduler == "pbt" and self.search != "random":
+            yield f'search: pbt changes settings by itself: use "random" with it, not "{self.search}"'
+        if self.scheduler == "pbt" and self.trials is not None and self.trials < 2:
+            yield "trials: pbt needs a population of 2 or more"
+
+    def space_of(self, model_name: str) -> Space:
+        """What is searched for a model: the common space, with its own keys before the common ones."""
+        return {**self.space, **self.spaces.get(model_name, {})}
 
 
 class TrialSpec(Spec):
@@ -438,7 +510,8 @@ class TrialSpec(Spec):
 
     @property
     def config_hash(self) -> str:
-        return digest(self.model_dump(mode="json", exclude={"trial_id"}))
+        """Of what decides the result: not of how many rows a forward pass holds."""
+        return digest(self.model_dump(mode="json", exclude={"trial_id": True, "training": {"micro_batch_size"}}))
 
 
 def digest(document: Any) -> str:

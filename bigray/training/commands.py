@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bigray.bundle import BundleManifest
+from bigray.results import Ledger
 from bigray.specs import TrialSpec
 
 
@@ -16,6 +17,64 @@ class TrainTo:
 
     trial: TrialSpec
     epoch: int
+    take_over: TakeOver | None = None
+    """Begin from another trial's weights, where this trial has no checkpoint of that epoch or a later one yet."""
+    stack: str | None = None
+    """The stack that holds the trial's newest state, where it was trained in one and has no later checkpoint."""
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """What population based training copies: weights and optimizer state of a trial as it stood at an epoch."""
+
+    source: TrialSpec
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One trial of a stack."""
+
+    trial: TrialSpec
+    stack: str | None = None
+    """The stack that holds its newest state; None: it begins (or has a checkpoint of its own)."""
+
+
+@dataclass(frozen=True)
+class TrainStack:
+    """Train trials that differ in numbers only, stacked, until `epoch` epochs are complete. Safe to repeat.
+
+    The result is a `TrialState` for each lane, in order; their state is in `paths.stack(name)`.
+    """
+
+    name: str
+    lanes: tuple[Lane, ...]
+    epoch: int
+
+
+@dataclass(frozen=True)
+class ProbeStack:
+    """Time a step of a trial trained alone, by all ranks together, beside one of a stack. The result is a `Probe`."""
+
+    trial: TrialSpec
+    num_lanes: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a trial is trained fastest here."""
+
+    alone_step_s: float
+    """Of one optimizer step of one trial."""
+    stacked_step_s: float | None
+    """Of one optimizer step of each of `num_lanes` trials, over their number; None where it cannot be stacked."""
+    why_not: str | None = None
+    """What keeps the trial from being stacked."""
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether stacking is faster by more than the noise of a short measurement."""
+        return self.stacked_step_s is not None and self.stacked_step_s < 0.9 * self.alone_step_s
 
 
 @dataclass(frozen=True)
@@ -24,6 +83,8 @@ class ExportBundle:
 
     trial: TrialSpec
     manifest: BundleManifest
+    stack: str | None = None
+    """As for `TrainTo`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +92,7 @@ class Stop:
     """Leave the command loop; Ray Train then ends the workers."""
 
 
-Command = TrainTo | ExportBundle | Stop
+Command = TrainTo | TrainStack | ProbeStack | ExportBundle | Stop
 
 
 @dataclass(frozen=True)
@@ -42,6 +103,8 @@ class Wish:
     """Take a checkpoint."""
     stop: bool = False
     """Return from training after that."""
+    rest: bool = False
+    """Return from training at the end of the epoch."""
     leave: bool = False
     """The generation is broken: give up its process group at once, whatever the training thread waits for."""
 
@@ -68,6 +131,11 @@ class TrialState:
     """Times the trial went back because of a NaN or an infinity."""
     improvements: tuple[tuple[int, float], ...] = ()
     """Each epoch that was the best so far, with its value of the selection metric, in order."""
+    num_parameters: int = 0
+    micro_batch_size: int | None = None
+    """Set where the trial ran out of memory and was split: the rows of a forward pass that it went on with."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Of the command that this state ends, not of those before."""
 
     def best_value_at(self, epoch: int) -> float:
         """The best value up to an epoch; NaN before the first validation.
