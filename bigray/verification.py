@@ -26,7 +26,7 @@ from bigray.training.commands import Event
 from bigray.training.faults import Disturbance, FaultPlan, GroupHeld, other_size, plan_faults
 from bigray.training.request import RunRequest, make_request
 from bigray.training.runner import train_request, training_trials
-from bigray.training.session import Listener, run_trials, silent
+from bigray.training.session import Listener, LiveRun, run_trials, silent
 
 if TYPE_CHECKING:
     from bigray.training.tensor_files import StateDict
@@ -179,7 +179,10 @@ class _DisturbedRun:
             part.note(event)
             self._work.listener(event)
 
-        return run_trials(request, part.drive, listen, address=self._work.address, new=False)
+        def drive(run: LiveRun) -> None:
+            part.drive(run.groups, run.request.trials)
+
+        return run_trials(request, drive, listen, address=self._work.address, new=False)
 
 
 def _fresh_folder(request: RunRequest) -> str:

@@ -158,6 +158,6 @@ class Event:
     values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_state(cls, trial_id: str, state: TrialState) -> Event:
-        """A trial's state as its group handed it back: what the leaderboard is made of."""
-        return cls("state", trial_id, asdict(state))
+    def of_state(cls, trial_id: str, state: TrialState, group: int = 0, waited_s: float = 0.0) -> Event:
+        """A trial's state as its group handed it back, after it waited for that: what the leaderboard is made of."""
+        return cls("state", trial_id, {**asdict(state), "group": group, "waited_s": round(waited_s, 4)})

@@ -31,9 +31,29 @@ class RunRequest:
 
     job: JobSpec
     trials: tuple[TrialSpec, ...]
+    """Of a search that proposes its trials as it goes: some that it might propose, for the checks."""
     dataset: Dataset
     search: dict[str, Any] | None
     """The search spec as JSON; None for plain training."""
+    extended_to: int | None = None
+    """Trials in all, where a finished sweep is to be extended."""
+
+    @property
+    def proposes(self) -> bool:
+        """Whether the search learns from its trials, so that they are not known before."""
+        return self.search is not None and self.search["search"] == "tpe"
+
+    @property
+    def drawn_trials(self) -> tuple[TrialSpec, ...]:
+        """The trials that are known before the first one runs."""
+        return () if self.proposes else self.trials
+
+    @property
+    def num_trials(self) -> int:
+        """Of the search, without those that come on the way: clones, and finalists with other seeds."""
+        if self.proposes and self.search is not None:
+            return int(self.extended_to or self.search["trials"])
+        return len(self.trials)
 
     @property
     def run_id(self) -> str:
@@ -54,7 +74,12 @@ def _own_code(training: TrainingSpec) -> list[str]:
     return [path for path in (task, training.loop) if path is not None]
 
 
-def make_request(job: JobSpec, trials: Sequence[TrialSpec], search: dict[str, Any] | None = None) -> RunRequest:
+def make_request(
+    job: JobSpec,
+    trials: Sequence[TrialSpec],
+    search: dict[str, Any] | None = None,
+    extended_to: int | None = None,
+) -> RunRequest:
     """Prepare the data and check that every trial can use it.
 
     Raises:
@@ -69,7 +94,7 @@ def make_request(job: JobSpec, trials: Sequence[TrialSpec], search: dict[str, An
     ]
     if faults:
         raise SpecError(list(dict.fromkeys(faults)))  # trials that share a setting share its fault
-    return RunRequest(job, tuple(trials), dataset, search)
+    return RunRequest(job, tuple(trials), dataset, search, extended_to)
 
 
 def _batch_faults(trials: Sequence[TrialSpec], dataset: Dataset) -> Iterable[str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
-from bigray.errors import TrainingFailed
+from bigray.errors import OutOfMemory, TrainingFailed
 from bigray.results import Leaderboard
 from bigray.specs import JobSpec, TrialSpec
-from bigray.training.commands import Event, TrainTo
+from bigray.training.commands import Event, TrainTo, TrialState
 from bigray.training.groups import WorkerGroups
+from bigray.training.out_of_memory import halved
 from bigray.training.request import RunRequest, make_request
-from bigray.training.session import Listener, run_trials, silent
+from bigray.training.session import Listener, LiveRun, run_trials, silent
 from bigray.training.switchboard import ask
 
 
@@ -33,7 +35,11 @@ def train_request(
     request: RunRequest, *, address: str | None = None, listener: Listener | None = None, new: bool = False
 ) -> Leaderboard:
     """`train` for a request whose data has been prepared already."""
-    return run_trials(request, drive_trials, listener or silent, address=address, new=new)
+
+    def drive(run: LiveRun) -> None:
+        drive_trials(run.groups, run.request.trials)
+
+    return run_trials(request, drive, listener or silent, address=address, new=new)
 
 
 def training_trials(job: JobSpec) -> tuple[TrialSpec, ...]:
@@ -56,13 +62,34 @@ def drive_trials(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
 
 
 def _train_one(switchboard: Any, trial: TrialSpec) -> None:
-    """Borrow a group for one trial (a driver thread)."""
-    group = ask(switchboard.lease.remote())
-    ask(switchboard.push.remote(Event("started", trial.trial_id, {"group": group})))
+    """Train one trial on whichever group is free (a driver thread)."""
+    ask(switchboard.push_all.remote(train_alone(switchboard, trial.trial_id, TrainTo(trial, trial.training.epochs))[1]))
+
+
+def train_alone(switchboard: Any, key: str, command: TrainTo) -> tuple[TrialState | None, list[Event]]:
+    """Train one trial (further) on whichever group is free; one that runs out of memory is split once (driver, Tune's
+    actor). `key` names the command: the same one is not carried out twice.
+
+    Returns the state, None where the trial failed, and the events that tell of it, for the journal.
+
+    Raises:
+        StorageError: no other trial will fare better.
+    """
     try:
-        state = ask(switchboard.execute.remote(group, TrainTo(trial, trial.training.epochs)))
-        ask(switchboard.push.remote(Event.of_state(trial.trial_id, state)))
+        return _state_of(command, *ask(switchboard.work.remote(key, command)))
+    except OutOfMemory as error:
+        smaller = halved(command.trial, error.rows)
+        if smaller is None:
+            return None, [Event("failed", command.trial.trial_id, {"error": str(error)})]
+        rows = smaller.training.micro_batch_size
+        retried = Event("retried", command.trial.trial_id, {"error": str(error), "micro_batch_size": rows})
+        state, events = train_alone(switchboard, f"{key}-{rows}-rows", replace(command, trial=smaller))
+        return state, [retried, *events]
     except TrainingFailed as error:
-        ask(switchboard.push.remote(Event("failed", trial.trial_id, {"error": str(error)})))
-    # not where something else was raised: the run is being ended then, and with Ray gone a call ends this process
-    ask(switchboard.release.remote(group))
+        return None, [Event("failed", command.trial.trial_id, {"error": str(error)})]
+
+
+def _state_of(
+    command: TrainTo, group: int, waited_s: float, state: TrialState
+) -> tuple[TrialState | None, list[Event]]:
+    return state, [Event.of_state(command.trial.trial_id, state, group, waited_s)]

@@ -13,7 +13,8 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,8 +26,8 @@ from bigray.cluster.plan import make_plan
 from bigray.errors import TrainingFailed
 from bigray.journal import Journal, read_journal
 from bigray.paths import RUN_FILE, RunPaths
-from bigray.ranking import rank, trial_results
-from bigray.results import Leaderboard, TrialResult
+from bigray.ranking import rank, training_wall_s, trial_results
+from bigray.results import Finalist, Leaderboard, TrialResult
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, open_storage
 from bigray.training.commands import Event, ExportBundle
@@ -36,13 +37,42 @@ from bigray.training.request import RunRequest
 from bigray.training.switchboard import ask
 
 Listener = Callable[[Event], None]
-Drive = Callable[[WorkerGroups, Sequence[TrialSpec]], None]
-"""Runs every trial over the groups; pushes a `state` or `failed` event for each. Raises only if none can go on."""
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A run while its groups are up, as who drives it sees it (driver)."""
+
+    request: RunRequest
+    groups: WorkerGroups
+    paths: RunPaths
+    earlier: Sequence[Mapping[str, Any]]
+    """The journal of the attempts before this one."""
+
+    def tell(self, events: Sequence[Event]) -> None:
+        """To the journal and the screen, in the order of what the workers report."""
+        if events:
+            ask(self.groups.switchboard.push_all.remote(list(events)))
+
+
+Drive = Callable[[LiveRun], None]
+"""Runs every trial over the groups; sees that a `state` or `failed` event is pushed for each. Raises only if none can
+go on. One that ends before all is done, since its budget is used up, tells a `budget` event."""
+Judge = Callable[[Sequence[TrialResult], Sequence[Mapping[str, Any]]], tuple[Finalist, ...]]
+"""The finalists, the winner first, from the results and the journal; none where the best trial wins as it is."""
 
 _VERSIONS = ("bigray", "ray", "torch", "numpy", "pyarrow", "onnxruntime")
 
 
-def run_trials(request: RunRequest, drive: Drive, listener: Listener, *, address: str | None, new: bool) -> Leaderboard:
+def run_trials(
+    request: RunRequest,
+    drive: Drive,
+    listener: Listener,
+    *,
+    address: str | None,
+    new: bool,
+    judge: Judge | None = None,
+) -> Leaderboard:
     """Run, or go on with, every trial; export the winner.
 
     Raises:
@@ -53,23 +83,24 @@ def run_trials(request: RunRequest, drive: Drive, listener: Listener, *, address
     paths = _run_paths(request, new=new)
     paths.storage.check_writable()
     events = list(read_journal(paths))
-    resumed_from_step = max((e.get("step", 0) for e in events if e["kind"] == "checkpoint"), default=0)
-    if _is_complete(paths, events):
+    if is_complete(request.num_trials, paths, events):
         listener(Event("complete", "", {"run": paths.run_id}))
     else:
         if resolve_address(address) is None and not ray.is_initialized():
             _plan(request, local_capacity())  # says no before Ray starts
-        _tell_start(request, paths, events, resumed_from_step, listener)
+        _tell_start(request, paths, events, listener)
         imports = preload()
         ensure_connected(address)
         imports.join()
-        _run_attempt(request, drive, listener, paths)
-    board = _leaderboard(request, paths, time.monotonic() - started)
+        _run_attempt(request, drive, listener, paths, judge)
+    board = make_board(request, paths, list(read_journal(paths)), time.monotonic() - started, judge)
     listener(Event("ranked", board.winner.trial_id, {"board": board}))
     return board
 
 
-def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths) -> None:
+def _run_attempt(
+    request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths, judge: Judge | None
+) -> None:
     job = request.job
     plan = _plan(request, connected_capacity())
     paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
@@ -82,18 +113,21 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
     with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
         with _event_stream(groups, journal, housekeeping, listener):
-            drive(groups, request.trials)
-        winner = _winner(request, paths)
+            drive(LiveRun(request, groups, paths, earlier))
+        events = list(read_journal(paths))
+        winner = _winner(request, paths, events, judge)
         listener(Event("exporting", winner.trial_id))
         with _event_stream(groups, journal, housekeeping, listener):
-            _export(request, groups, paths, winner)
-    journal.append("completed", winner.trial_id)
+            _export(request, groups, paths, events, winner)
+    is_whole = not any(event["kind"] == "budget" and event["attempt"] == journal.attempt for event in events)
+    journal.append("completed", winner.trial_id, whole=is_whole, trials=request.num_trials)
     journal.flush(force=True)
-    housekeeping.finish()
+    if is_whole:
+        housekeeping.finish()
 
 
 def _plan(request: RunRequest, capacity: Any) -> Any:
-    return make_plan(request.job, len(request.trials), request.dataset.num_rows, capacity)
+    return make_plan(request.job, request.num_trials, request.dataset.num_rows, capacity)
 
 
 def _run_paths(request: RunRequest, *, new: bool) -> RunPaths:
@@ -105,16 +139,32 @@ def _run_paths(request: RunRequest, *, new: bool) -> RunPaths:
     return RunPaths(root.child(run_id), run_id)
 
 
-def _is_complete(paths: RunPaths, events: Sequence[dict[str, Any]]) -> bool:
-    return any(event["kind"] == "completed" for event in events) and paths.bundle.exists(MANIFEST)
+def is_complete(num_trials: int, paths: RunPaths, events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether that many trials were run to where the scheduler wanted them, and the winner was exported."""
+    done = [event for event in events if event["kind"] == "completed" and event.get("whole", True)]
+    return any(event.get("trials", num_trials) >= num_trials for event in done) and paths.bundle.exists(MANIFEST)
+
+
+def known_trials(request: RunRequest, events: Iterable[Mapping[str, Any]]) -> tuple[TrialSpec, ...]:
+    """The trials drawn up front, and those that were proposed on the way."""
+    found = {trial.trial_id: trial for trial in request.drawn_trials}
+    for event in events:
+        if event["kind"] == "proposed":
+            for document in event["trials"]:
+                trial = TrialSpec.model_validate_json(json.dumps(document))
+                found[trial.trial_id] = trial
+    return tuple(found.values())
 
 
 def _tell_start(
-    request: RunRequest, paths: RunPaths, events: Sequence[dict[str, Any]], step: int, listener: Listener
+    request: RunRequest, paths: RunPaths, events: Sequence[Mapping[str, Any]], listener: Listener
 ) -> None:
-    values: dict[str, Any] = {"run": paths.run_id, "folder": paths.storage.uri, "trials": request.trials}
+    trials = known_trials(request, events)
+    values: dict[str, Any] = {"run": paths.run_id, "folder": paths.storage.uri, "trials": trials}
+    values["total"] = max(len(trials), request.num_trials)
     if events:
         ended = {event["trial"] for event in events if event["kind"] == "state" and event.get("ended")}
+        step = max((event.get("step", 0) for event in events if event["kind"] == "checkpoint"), default=0)
         listener(Event("resuming", "", {**values, "step": step, "ended": len(ended)}))
     else:
         listener(Event("starting", "", values))
@@ -157,27 +207,40 @@ def _event_stream(
         raise errors[0]
 
 
-def _leaderboard(request: RunRequest, paths: RunPaths, wall_s: float) -> Leaderboard:
+def make_board(
+    request: RunRequest,
+    paths: RunPaths,
+    events: Sequence[Mapping[str, Any]],
+    wall_s: float,
+    judge: Judge | None = None,
+) -> Leaderboard:
+    """The results of a run, as its journal has them."""
     metric, mode = _selection(request)
+    results = trial_results(known_trials(request, events), events)
+    attempts = [event for event in events if event["kind"] == "attempt"]
     return Leaderboard(
         run_id=paths.run_id,
         run_uri=paths.storage.uri,
         metric=metric,
         mode=mode,
-        trials=rank(trial_results(request.trials, read_journal(paths)), metric, mode),
+        trials=rank(results, metric, mode),
         bundle=paths.bundle,
         wall_s=wall_s,
+        finalists=judge(results, events) if judge is not None else (),
+        slots=max((event["plan"]["groups"] for event in attempts), default=1),
+        training_wall_s=training_wall_s(events),
     )
 
 
-def _winner(request: RunRequest, paths: RunPaths) -> TrialResult:
-    metric, mode = _selection(request)
-    results = rank(trial_results(request.trials, read_journal(paths)), metric, mode)
-    if not results or metric not in results[0].metrics:
-        errors = sorted({result.error for result in results if result.error})
+def _winner(
+    request: RunRequest, paths: RunPaths, events: Sequence[Mapping[str, Any]], judge: Judge | None
+) -> TrialResult:
+    board = make_board(request, paths, events, 0.0, judge)
+    if not board.trials or board.metric not in board.winner.metrics:
+        errors = sorted({result.error for result in board.trials if result.error})
         cause = errors[0] if errors else "every trial diverged; try smaller learning rates"
-        raise TrainingFailed(f"{paths.run_id}: no trial reached a value of {metric}: {cause}")
-    return results[0]
+        raise TrainingFailed(f"{paths.run_id}: no trial reached a value of {board.metric}: {cause}")
+    return board.winner
 
 
 def _selection(request: RunRequest) -> tuple[str, Any]:
@@ -185,13 +248,28 @@ def _selection(request: RunRequest) -> tuple[str, Any]:
     return training.selection_metric, training.selection_mode
 
 
-def _export(request: RunRequest, groups: WorkerGroups, paths: RunPaths, winner: TrialResult) -> None:
-    trial = next(trial for trial in request.trials if trial.trial_id == winner.trial_id)
-    group = ask(groups.switchboard.lease.remote())
+def _export(
+    request: RunRequest,
+    groups: WorkerGroups,
+    paths: RunPaths,
+    events: Sequence[Mapping[str, Any]],
+    winner: TrialResult,
+) -> None:
+    trial = next(trial for trial in known_trials(request, events) if trial.trial_id == winner.trial_id)
     manifest = _manifest(request, paths, trial, winner)
-    exported = ask(groups.switchboard.execute.remote(group, ExportBundle(trial, manifest)))
+    command = ExportBundle(trial, manifest, stack_of(trial.trial_id, events))
+    _, _, exported = ask(groups.switchboard.work.remote("export", command))
     ask(groups.switchboard.push.remote(Event("bundle", trial.trial_id, {"uri": exported.uri})))
-    ask(groups.switchboard.release.remote(group))
+
+
+def stack_of(trial_id: str, events: Iterable[Mapping[str, Any]]) -> str | None:
+    """The stack that holds a trial's newest state; None where it has a folder of its own."""
+    stack = None
+    for event in events:
+        for outcome in event["outcomes"] if event["kind"] == "leg" else ():
+            if outcome["trial"] == trial_id:
+                stack = outcome["stack"]
+    return stack
 
 
 def _manifest(request: RunRequest, paths: RunPaths, trial: TrialSpec, winner: TrialResult) -> BundleManifest:
@@ -225,7 +303,7 @@ def _run_document(request: RunRequest, paths: RunPaths) -> dict[str, Any]:
         "run": paths.run_id,
         "job": request.job.model_dump(mode="json"),
         "search": request.search,
-        "trials": [trial.model_dump(mode="json") for trial in request.trials],
+        "trials": [trial.model_dump(mode="json") for trial in request.drawn_trials],
         "seeds": _seeds(request),
         "data": {
             "fingerprint": request.dataset.fingerprint,

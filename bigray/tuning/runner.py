@@ -1,25 +1,33 @@
-"""`tune`: Ray Tune over the trials of a search, on warm worker groups (driver)."""
+"""`tune`: a sweep over warm worker groups, its legs run by Ray Tune (driver)."""
 
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from bigray.errors import last_line
-from bigray.results import Leaderboard
-from bigray.specs import JobSpec, SearchSpec, TrialSpec
+from bigray.results import Finalist, Leaderboard, TrialResult
+from bigray.specs import JobSpec, SearchSpec
 from bigray.training.commands import Event
-from bigray.training.groups import WorkerGroups
 from bigray.training.request import RunRequest, make_request
-from bigray.training.session import Listener, run_trials, silent
+from bigray.training.session import Judge, Listener, LiveRun, run_trials, silent
 from bigray.training.switchboard import ask
-from bigray.tuning.space import rungs, search_trials
+from bigray.tuning.budget import Budget
+from bigray.tuning.evidence import judge
+from bigray.tuning.policies import make_policy
+from bigray.tuning.proposals import make_proposer
+from bigray.tuning.space import search_trials, seed_trial_id
+from bigray.tuning.sweep import Sweep
 
-TRIAL_MEMORY_BYTES = 64 * 2**20
-"""What a trial's actor asks of the cluster. Tune places nothing that asks for nothing, and every CPU may be held by
-the groups' workers, which must never wait for the trials that wait for them."""
+LEG_MEMORY_BYTES = 64 * 2**20
+"""What a leg's actor asks of the cluster. Tune places nothing that asks for nothing, and every CPU may be held by
+the groups' workers, which must never wait for the legs that wait for them."""
+BUDGET_WATCH_EVERY_S = 0.2
 
 
 def tune(
@@ -29,8 +37,12 @@ def tune(
     address: str | None = None,
     listener: Listener | None = None,
     new: bool = False,
+    budget: Budget | None = None,
 ) -> Leaderboard:
     """Search, and export the best trial's best epoch; the same call again goes on where it stopped.
+
+    With a budget that is used up the sweep ends at the next report of each trial, with the best so far as the winner;
+    the same call with a larger one goes on.
 
     Raises:
         SpecError: the data or a batch size does not suit the job.
@@ -38,7 +50,7 @@ def tune(
         TrainingFailed: no trial reached a metric.
     """
     request = make_request(job, search_trials(job, search), search.model_dump(mode="json"))
-    return tune_request(request, search, address=address, listener=listener, new=new)
+    return tune_request(request, search, address=address, listener=listener, new=new, budget=budget)
 
 
 def tune_request(
@@ -48,36 +60,82 @@ def tune_request(
     address: str | None = None,
     listener: Listener | None = None,
     new: bool = False,
+    budget: Budget | None = None,
 ) -> Leaderboard:
     """`tune` for a request whose data has been prepared already."""
 
-    def drive(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
-        _run_tuner(search, groups, trials)
+    def drive(run: LiveRun) -> None:
+        _run_sweep(run, search, budget)
 
-    return run_trials(request, drive, listener or silent, address=address, new=new)
+    judge = make_judge(request, search)
+    return run_trials(request, drive, listener or silent, address=address, new=new, judge=judge)
 
 
-def _run_tuner(search: SearchSpec, groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
+def make_judge(request: RunRequest, search: SearchSpec) -> Judge | None:
+    """Who says which finalist has won, where the search asks for finalists."""
+    if not search.finalists:
+        return None
+    training = request.trials[0].training
+    metric, mode = training.selection_metric, training.selection_mode
+
+    def judged(results: Sequence[TrialResult], events: Sequence[Mapping[str, Any]]) -> tuple[Finalist, ...]:
+        told = [event for event in events if event["kind"] == "finalists"]
+        if not told:
+            return ()
+        by_id = {result.trial_id: result for result in results}
+        chosen = [by_id[trial_id] for trial_id in told[-1]["trials"]]
+        seeds = {
+            one.trial_id: [by_id[name] for name in _seed_trials(one.trial_id, told[-1]["seeds"]) if name in by_id]
+            for one in chosen
+        }
+        if not any(metric in result.metrics for runs in seeds.values() for result in runs):
+            return ()  # the budget was used up before one of them was validated
+        return judge(
+            {name: {run.trial_id: run.metrics.get(metric, math.nan) for run in runs} for name, runs in seeds.items()},
+            mode=mode,
+            num_parameters={one.trial_id: one.num_parameters for one in chosen},
+            model_names={one.trial_id: one.model_name for one in chosen},
+        )
+
+    return judged
+
+
+def _seed_trials(trial_id: str, seeds: int) -> list[str]:
+    return [seed_trial_id(trial_id, number) for number in range(1, seeds + 1)]
+
+
+def _run_sweep(run: LiveRun, search: SearchSpec, budget: Budget | None) -> None:
     from ray import tune as ray_tune
 
-    from bigray.tuning.trial import GroupTrial
+    from bigray.tuning.searcher import LegSearcher
+    from bigray.tuning.trial import LegTrial
 
     for name in ("ray.tune", "ray.train"):  # Tune's own tables and hints; bigray shows the same from its journal
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    known = {trial.trial_id: (trial, rungs(search, trial.training.epochs)) for trial in trials}
-    trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(GroupTrial, trials=known, switchboard=groups.switchboard),
-        ray_tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}]),
+    board = run.groups.switchboard
+    is_used_up = threading.Event()
+    searcher = LegSearcher(
+        _make_sweep(run, search),
+        [event for event in run.earlier if event["kind"] == "leg"],
+        offer=lambda leg: ask(board.offer.remote(leg.number, leg)),
+        tell=run.tell,
+        must_stop=is_used_up.is_set,
     )
-    with tempfile.TemporaryDirectory(prefix="bigray-tune-", ignore_cleanup_errors=True) as scratch:
-        results = ray_tune.Tuner(
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(LegTrial, switchboard=board),
+        ray_tune.PlacementGroupFactory([{"memory": LEG_MEMORY_BYTES}]),
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="bigray-tune-", ignore_cleanup_errors=True) as scratch,
+        _watched_budget(run, budget, is_used_up),
+    ):
+        ray_tune.Tuner(
             trainable,
-            param_space={"trial": ray_tune.grid_search([trial.trial_id for trial in trials])},
             tune_config=ray_tune.TuneConfig(
-                scheduler=_scheduler(search, trials),
-                max_concurrent_trials=groups.count,
+                search_alg=searcher,
+                num_samples=-1,
                 reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.config["trial"],
+                trial_dirname_creator=lambda trial: f"leg-{trial.config['leg']}",
             ),
             # Tune's own state is not what a run resumes from: it goes to a scratch folder, without checkpoints
             run_config=ray_tune.RunConfig(
@@ -87,27 +145,65 @@ def _run_tuner(search: SearchSpec, groups: WorkerGroups, trials: Sequence[TrialS
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         ).fit()
-    ask(groups.switchboard.check_storage.remote())
-    # also of a trial whose actor died and could not tell; one that told has the better words, and keeps them
-    for result in results:
-        if result.error is not None:
-            failed = Event("failed", result.config["trial"], {"error": last_line(result.error)})
-            ask(groups.switchboard.push.remote(failed))
+    ask(board.check_storage.remote())
+    searcher.raise_failure()
 
 
-def _scheduler(search: SearchSpec, trials: Sequence[TrialSpec]) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    from bigray.tuning.trial import EPOCH
-
-    if search.scheduler == "none":
-        return FIFOScheduler()
-    training = trials[0].training
-    return ASHAScheduler(
-        time_attr=EPOCH,
-        metric=training.selection_metric,
-        mode=training.selection_mode,
-        max_t=max(trial.training.epochs for trial in trials),
-        grace_period=search.asha.grace_epochs,
-        reduction_factor=search.asha.reduction_factor,
+def _make_sweep(run: LiveRun, search: SearchSpec) -> Sweep:
+    """With the same slots as the first attempt had: they decide what is known when a leg is chosen."""
+    request = run.request
+    begun = next((event for event in run.earlier if event["kind"] == "sweep"), None)
+    slots = begun["slots"] if begun is not None else run.groups.count + 1  # one more is ready when a group is done
+    totals = [event["trials"] for event in run.earlier if event["kind"] == "extended"]
+    if begun is None:
+        run.tell([Event("sweep", "", {"slots": slots})])
+    if request.extended_to is not None and request.extended_to not in totals:
+        run.tell([Event("extended", "", {"trials": request.extended_to})])
+        totals.append(request.extended_to)
+    mode = request.trials[0].training.selection_mode
+    return Sweep(
+        search,
+        mode,
+        make_proposer(request.job, search, mode),
+        make_policy(search, mode, request.job.seed),
+        slots=slots,
+        chapters=tuple(totals),
+        can_stack=request.job.training.loop is None,
     )
+
+
+@contextmanager
+def _watched_budget(run: LiveRun, budget: Budget | None, is_used_up: threading.Event) -> Iterator[None]:
+    """Have the groups rest at their next report once the budget is used up (a driver thread)."""
+    if budget is None:
+        yield
+        return
+    is_over = threading.Event()
+    arguments = (run, budget, is_used_up, is_over)
+    thread = threading.Thread(target=_watch_budget, args=arguments, name="budget", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _watch_budget(run: LiveRun, budget: Budget, is_used_up: threading.Event, is_over: threading.Event) -> None:
+    started, gpus = time.monotonic(), _gpus(run)
+
+    def is_used() -> bool:
+        wall_s = time.monotonic() - started
+        return budget.is_used(wall_s, wall_s * gpus)
+
+    while not is_over.wait(BUDGET_WATCH_EVERY_S):
+        if is_used():
+            is_used_up.set()
+            run.tell([Event("budget", "", {"text": f"the budget of {budget.text} is used up"})])
+            ask(run.groups.switchboard.rest_all.remote())
+            return
+
+
+def _gpus(run: LiveRun) -> float:
+    scaling = run.request.job.scaling
+    return run.groups.count * scaling.max_workers * scaling.gpus_per_worker

@@ -1,85 +1,114 @@
-"""A search file and a job -> the trials to run: decided before anything starts, so that a plan can show them all."""
+"""A search file and a job -> trials. Pure: all draws come from the job's seed, so the same files give the same trials."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from bigray.specs import JobSpec, RangeSpec, SearchSpec, TrainingSpec, TrialSpec
+from bigray.specs import JobSpec, RangeSpec, SearchSpec, Space, TrainingSpec, TrialSpec
+
+CHECKED_TRIALS = 32
+"""Of a search that learns from its trials: as many are drawn at random for the checks that come before the start."""
 
 
 def search_trials(job: JobSpec, search: SearchSpec) -> tuple[TrialSpec, ...]:
-    """Every trial of a search, numbered in the order they run: models take turns.
+    """The trials of a search, numbered in the order they begin: models take turns.
 
-    The same job and search give the same trials: all draws come from the job's seed.
+    Of `search = "tpe"`, which proposes its trials later, random ones instead, for checks and plans.
     """
+    if search.search == "tpe" and search.trials is not None:
+        search = search.model_copy(update={"search": "random", "trials": min(search.trials, CHECKED_TRIALS)})
     drawn = {name: _configs(job, search, number) for number, name in enumerate(job.models)}
     rounds = itertools.zip_longest(*[[(name, config) for config in configs] for name, configs in drawn.items()])
     in_turn = [pair for one_round in rounds for pair in one_round if pair is not None]
-    width = len(str(len(in_turn) - 1))
     return tuple(
-        _trial(job, search, f"{number:0{width}d}-{name}", name, config) for number, (name, config) in enumerate(in_turn)
+        make_trial(job, search, number, name, config, total=len(in_turn))
+        for number, (name, config) in enumerate(in_turn)
     )
 
 
-def rungs(search: SearchSpec, epochs: int) -> tuple[int, ...]:
-    """Epochs at which a trial of that many epochs reports to the scheduler; the last is `epochs`."""
-    if search.scheduler == "none":
-        return (epochs,)
-    milestones = []
-    milestone = search.asha.grace_epochs
-    while milestone < epochs:
-        milestones.append(milestone)
-        milestone *= search.asha.reduction_factor
-    return (*milestones, epochs)
+def num_trials(job: JobSpec, search: SearchSpec) -> int:
+    """How many trials a search has in all."""
+    if search.trials is not None:
+        return search.trials
+    return sum(len(grid(search.space_of(name))) for name in job.models)
 
 
-def _configs(job: JobSpec, search: SearchSpec, model_number: int) -> list[dict[str, Any]]:
-    if search.search == "grid":
-        return grid(search.space)
-    assert search.trials is not None, "SearchSpec requires trials for a random search"
-    share, extra = divmod(search.trials, len(job.models))
-    generator = np.random.default_rng([job.seed, model_number])
-    return [sample(search.space, generator) for _ in range(share + (model_number < extra))]
+def models_in_turn(job: JobSpec) -> Iterator[str]:
+    """The model of each trial of a search without a fixed list, for ever."""
+    return itertools.cycle(job.models)
 
 
-def grid(space: dict[str, RangeSpec]) -> list[dict[str, Any]]:
-    """The product of all choices."""
-    choices = [values.choice or () for values in space.values()]
-    return [dict(zip(space, combination, strict=True)) for combination in itertools.product(*choices)]
-
-
-def sample(space: dict[str, RangeSpec], generator: np.random.Generator) -> dict[str, Any]:
-    """One independent draw of every key; numbers to four digits, so that what is printed is what was used."""
-    return {key: _draw(values, generator) for key, values in space.items()}
-
-
-def _draw(values: RangeSpec, generator: np.random.Generator) -> Any:
-    if values.choice is not None:
-        return values.choice[int(generator.integers(len(values.choice)))]
-    if values.uniform is not None:
-        return _rounded(generator.uniform(*values.uniform), *values.uniform)
-    assert values.log_uniform is not None, "RangeSpec has exactly one kind"
-    low, high = values.log_uniform
-    return _rounded(math.exp(generator.uniform(math.log(low), math.log(high))), low, high)
-
-
-def _rounded(value: float, low: float, high: float) -> float:
-    """To four digits, and not beyond the bounds by that."""
-    return min(max(float(f"{value:.4g}"), low), high)
-
-
-def _trial(job: JobSpec, search: SearchSpec, trial_id: str, model_name: str, config: dict[str, Any]) -> TrialSpec:
+def make_trial(
+    job: JobSpec, search: SearchSpec, number: int, model_name: str, config: dict[str, Any], *, total: int
+) -> TrialSpec:
+    """The job's settings with those of a point of the space. `total` trials in all: their ids sort by number."""
+    width = max(4, len(str(total - 1)))
     settings = {**job.training.model_dump(), **config}
     if search.metric is not None:
         settings["metric"] = search.metric
+    if job.training.lr_scaling != "none" and job.training.lr_batch_size is None:
+        settings["lr_batch_size"] = job.training.global_batch_size
     return TrialSpec(
-        trial_id=trial_id,
+        trial_id=f"{number:0{width}d}-{model_name}",
         model_name=model_name,
         model=job.models[model_name],
         training=TrainingSpec.model_validate(settings),
         seed=job.seed,
     )
+
+
+def reseeded(trial: TrialSpec, number: int) -> TrialSpec:
+    """The trial with other random numbers, under a name of its own: initial weights, order of samples, dropout."""
+    training = trial.training.model_copy(update={"seeds": type(trial.training.seeds)()})
+    seed = int(np.random.default_rng([trial.seed, number]).integers(2**31))
+    return trial.model_copy(
+        update={"trial_id": seed_trial_id(trial.trial_id, number), "training": training, "seed": seed}
+    )
+
+
+def seed_trial_id(trial_id: str, number: int) -> str:
+    """The name of a trial that was trained again with another seed."""
+    return f"{trial_id}-seed{number}"
+
+
+def grid(space: Space) -> list[dict[str, Any]]:
+    """The product of all choices."""
+    choices = [values.choice or () for values in space.values()]
+    return [dict(zip(space, combination, strict=True)) for combination in itertools.product(*choices)]
+
+
+def sample(space: Space, generator: np.random.Generator) -> dict[str, Any]:
+    """One independent draw of every key."""
+    return {key: draw(values, generator) for key, values in space.items()}
+
+
+def draw(values: RangeSpec, generator: np.random.Generator) -> Any:
+    """One value; numbers to four digits, so that what is printed is what was used."""
+    if values.choice is not None:
+        return values.choice[int(generator.integers(len(values.choice)))]
+    if values.uniform is not None:
+        return rounded(generator.uniform(*values.uniform), *values.uniform)
+    assert values.log_uniform is not None, "RangeSpec has exactly one kind"
+    low, high = values.log_uniform
+    return rounded(math.exp(generator.uniform(math.log(low), math.log(high))), low, high)
+
+
+def rounded(value: float, low: float, high: float) -> float:
+    """To four digits, and within the bounds."""
+    return min(max(float(f"{value:.4g}"), low), high)
+
+
+def _configs(job: JobSpec, search: SearchSpec, model_number: int) -> list[dict[str, Any]]:
+    """A model's share of the trials. With more of them, those of before come first."""
+    space = search.space_of(list(job.models)[model_number])
+    if search.search == "grid":
+        return grid(space)
+    assert search.trials is not None, "SearchSpec requires trials for all but a grid"
+    share, extra = divmod(search.trials, len(job.models))
+    generator = np.random.default_rng([job.seed, model_number])
+    return [sample(space, generator) for _ in range(share + (model_number < extra))]

@@ -1,73 +1,94 @@
-"""The Tune side of a trial: an actor that borrows a live worker group and trains it from rung to rung.
+"""The Tune side of a leg: an actor that has a worker group carry it out.
 
-It imports no torch and holds no CPU. With `reuse_actors=True` Tune hands the same actor the next trial through
-`reset_config`, so a trial starts without starting a process.
+It imports no torch, and holds neither a CPU nor a group: the switchboard lends a group out for the length of one
+command, so an actor that is killed takes nothing with it. With `reuse_actors=True` Tune hands the same actor the next
+leg through `reset_config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from typing import Any
 
 from ray.tune import Trainable
 
 from bigray.errors import TrainingFailed
 from bigray.specs import TrialSpec
-from bigray.training.commands import Event, TrainTo
+from bigray.training.commands import Event, Probe, TrialState
+from bigray.training.runner import train_alone
 from bigray.training.switchboard import ask
+from bigray.tuning.leg import Leg, LegResult, Outcome
 
-EPOCH = "epoch"
-"""What Tune's schedulers count."""
+RESULT = "result"
+"""Where a leg's result is in what Tune passes on, as JSON: Tune takes dictionaries apart."""
 
 
-class GroupTrial(Trainable):  # type: ignore[misc]
-    """One Tune trial at a time. `config["trial"]` is a trial's id; one `step` trains to the trial's next rung."""
+class LegTrial(Trainable):  # type: ignore[misc]
+    """One leg at a time, in one `step`. `config["leg"]` is its number; the driver has given it to the switchboard."""
 
-    _spec: TrialSpec
-    _rungs: tuple[int, ...]
-    """Those still to come."""
-    _group: int | None
-
-    def setup(
-        self, config: dict[str, Any], trials: Mapping[str, tuple[TrialSpec, tuple[int, ...]]], switchboard: Any
-    ) -> None:
-        self._trials, self._switchboard = trials, switchboard
-        self._begin(config["trial"])
+    def setup(self, config: dict[str, Any], switchboard: Any) -> None:
+        self._number, self._switchboard = config["leg"], switchboard
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._end()
-        self._begin(new_config["trial"])
+        self._number = new_config["leg"]
         return True
 
-    def cleanup(self) -> None:
-        self._end()
-
     def step(self) -> dict[str, Any]:
-        """Train to the next rung; reports the best value so far, so that one noisy epoch costs no trial its place."""
-        spec = self._spec.training
-        target = self._rungs[0]
+        leg: Leg = ask(self._switchboard.offered.remote(self._number))
+        result, events = carry_out(self._switchboard, leg)
+        if is_complete(leg, result):  # else it rests, and is gone on with by the next attempt
+            events.append(Event("leg", "", {"kind_of_leg": leg.kind, "epoch": leg.epoch, **result.to_json()}))
+        ask(self._switchboard.push_all.remote(events))
+        return {RESULT: json.dumps(result.to_json()), "done": True}
+
+
+def is_complete(leg: Leg, result: LegResult) -> bool:
+    """Whether every trial came to the leg's epoch, or ended before."""
+    return all(outcome.ended is not None or outcome.epoch >= leg.epoch for outcome in result.outcomes)
+
+
+def carry_out(switchboard: Any, leg: Leg) -> tuple[LegResult, list[Event]]:
+    """Have a leg carried out; its result, and what is to be told of it.
+
+    Raises:
+        StorageError: no other leg will fare better.
+    """
+    if leg.kind == "probe":
+        return _probe(switchboard, leg)
+    if leg.kind == "stacked":
         try:
-            state = ask(self._switchboard.execute.remote(self._group, TrainTo(self._spec, target)))
-        except TrainingFailed as error:
-            self._tell(Event("failed", self._spec.trial_id, {"error": str(error)}))
-            self._end()  # here, since Tune may end the actor of a failed trial without asking it to clean up
-            raise
-        self._tell(Event.of_state(self._spec.trial_id, state))
-        self._rungs = self._rungs[1:]
-        is_done = state.ended is not None and state.epoch <= target
-        if is_done:
-            self._end()
-        return {EPOCH: target, spec.selection_metric: state.best_value_at(target), "done": is_done}
+            group, waited_s, states = ask(switchboard.work.remote(leg.name, leg.command))
+            return _stack_result(leg, states, group, waited_s)
+        except TrainingFailed:  # one of them, perhaps: by themselves, each costs only itself
+            pass
+    outcomes, events = [], []
+    for lane, trial in enumerate(leg.trials):
+        state, told = train_alone(switchboard, f"{leg.name}-{trial.trial_id}", leg.alone(lane))
+        outcomes.append(Outcome.failed(trial) if state is None else Outcome.of_state(trial, leg.epoch, state, None))
+        events += told
+    return LegResult(leg.number, tuple(outcomes)), events
 
-    def _begin(self, trial_id: str) -> None:
-        self._spec, self._rungs = self._trials[trial_id]
-        self._group = ask(self._switchboard.lease.remote())
-        self._tell(Event("started", trial_id, {"group": self._group}))
 
-    def _end(self) -> None:
-        if self._group is not None:
-            ask(self._switchboard.release.remote(self._group))
-        self._group = None
+def _stack_result(leg: Leg, states: list[TrialState], group: int, waited_s: float) -> tuple[LegResult, list[Event]]:
+    pairs: list[tuple[TrialSpec, TrialState]] = list(zip(leg.trials, states, strict=True))
+    outcomes = [Outcome.of_state(trial, leg.epoch, state, leg.name) for trial, state in pairs]
+    events = [Event.of_state(trial.trial_id, state, group, waited_s / len(pairs)) for trial, state in pairs]
+    return LegResult(leg.number, tuple(outcomes)), events
 
-    def _tell(self, event: Event) -> None:
-        ask(self._switchboard.push.remote(event))
+
+def _probe(switchboard: Any, leg: Leg) -> tuple[LegResult, list[Event]]:
+    """One that cannot be measured is not stacked."""
+    trial = leg.trials[0]
+    try:
+        probe: Probe = ask(switchboard.work.remote(leg.name, leg.command))[2]
+    except TrainingFailed as error:
+        probe = Probe(alone_step_s=0.0, stacked_step_s=None, why_not=str(error))
+    values = {
+        "model": trial.model_name,
+        "batch": trial.training.global_batch_size,
+        "alone_step_s": probe.alone_step_s,
+        "stacked_step_s": probe.stacked_step_s,
+        "is_stacked": probe.is_stacked,
+        "why_not": probe.why_not,
+    }
+    return LegResult(leg.number, (), probe.is_stacked), [Event("probe", "", values)]

@@ -1,0 +1,73 @@
+"""Asynchronous successive halving with promotion (Li et al. 2020, arXiv 1810.05934, algorithm 2). Pure.
+
+Ray Tune's `ASHAScheduler` decides about a trial once, when it reaches a rung, by what few others have shown until then,
+and never takes a decision back. Here a trial waits at its rung, and is promoted when it is among the best of all that
+have reached it; so it works with one slot too.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bigray.specs import SearchSpec, TrialSpec
+from bigray.tuning.leg import Outcome
+from bigray.tuning.policy import Advance, badness, milestones
+
+Key = tuple[float, float, str]
+"""Badness of the metric, then the loss (metrics of small validation sets tie often), then the id."""
+
+
+@dataclass
+class _Rung:
+    results: list[Key] = field(default_factory=list)
+    """Of all that have reached it, sorted."""
+    waiting: list[Key] = field(default_factory=list)
+    """A heap of those that could be promoted."""
+
+
+class Asha:
+    """Each call costs O(log n), but for an insertion into a sorted list."""
+
+    def __init__(self, search: SearchSpec, mode: Literal["max", "min"]) -> None:
+        self._grace, self._factor, self._mode = search.asha.grace_epochs, search.asha.reduction_factor, mode
+        self._rungs: dict[int, _Rung] = {}
+        """By index: trials with other `epochs` have the same rungs but for the last."""
+        self._trials: dict[str, TrialSpec] = {}
+        self._ready: deque[Advance] = deque()
+
+    def begin(self, trial: TrialSpec) -> Advance:
+        self._trials[trial.trial_id] = trial
+        return Advance(trial, self._epochs(trial)[0])
+
+    def tell(self, trial: TrialSpec, outcome: Outcome) -> None:
+        self._trials[trial.trial_id] = trial
+        epochs = self._epochs(trial)
+        reached = [index for index, epoch in enumerate(epochs) if epoch <= outcome.epoch]
+        index = reached[-1] if reached else 0  # one that failed counts where it began
+        if index == len(epochs) - 1:
+            return  # its last: nothing to be promoted to
+        rung = self._rungs.setdefault(index, _Rung())
+        key = (badness(outcome.value, self._mode), outcome.loss, trial.trial_id)
+        insort(rung.results, key)
+        if outcome.ended is None:
+            heapq.heappush(rung.waiting, key)
+        self._promote(index, rung)
+
+    def take(self) -> Advance | None:
+        return self._ready.popleft() if self._ready else None
+
+    def close(self) -> None:
+        pass
+
+    def _epochs(self, trial: TrialSpec) -> tuple[int, ...]:
+        return milestones(self._grace, self._factor, trial.training.epochs)
+
+    def _promote(self, index: int, rung: _Rung) -> None:
+        """Those among the best 1/factor of their rung: the best that waits tells whether there is any."""
+        while rung.waiting and bisect_left(rung.results, rung.waiting[0]) < len(rung.results) // self._factor:
+            trial = self._trials[heapq.heappop(rung.waiting)[2]]
+            self._ready.append(Advance(trial, self._epochs(trial)[index + 1], is_promotion=True))
