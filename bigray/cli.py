@@ -9,23 +9,26 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from bigray.errors import BigrayError, ClusterError, TrainingFailed, last_line
+from bigray.errors import BigrayError, ClusterError, SpecError, TrainingFailed, last_line
 from bigray.termination import EXIT_CODE, Terminated, terminated_by_signal
 
 if TYPE_CHECKING:
+    from bigray.live import RunView
     from bigray.results import Leaderboard
     from bigray.serve.runner import Deployment
+    from bigray.specs import SearchSpec
     from bigray.training.commands import Event
     from bigray.training.request import RunRequest
     from bigray.training.session import Listener
-    from bigray.workflow import Asked
+    from bigray.tuning.budget import Budget
 
 
 class _Commands(TyperGroup):
@@ -74,12 +77,25 @@ JobFile = Annotated[str, typer.Argument(metavar="JOB", help="The job file, such 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set training.lr=1e-3.")
 ]
+DEFAULT_SEARCH = "tuning/lr_batch.toml"
 SearchFile = Annotated[str | None, typer.Option("--search", help="A search file, such as tuning/lr_batch.toml.")]
 ServeFile = Annotated[str | None, typer.Option("--serve", help="A serve file, such as serve/local.yaml.")]
 Address = Annotated[
     str | None, typer.Option("--address", help="Cluster to join ('auto': the one on this machine). [env: RAY_ADDRESS]")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
+AsEvents = Annotated[
+    bool,
+    typer.Option("--events", help="Print each event as a line of JSON as it happens; the last line is the result."),
+]
+BudgetText = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="TEXT",
+        help="End a sweep after this much time (90s, 10m, 2h) or time of GPUs (3gpuh), with nothing lost.",
+    ),
+]
 New = Annotated[bool, typer.Option("--new", help="Start afresh beside an earlier run of the same settings.")]
 
 
@@ -101,25 +117,118 @@ def plan(
     console.print_json(planned.to_json()) if as_json else console.print_plan(planned)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """One command that trains, read and checked; nothing has been started."""
+
+    request: RunRequest
+    search: SearchSpec | None
+    address: str | None
+    new: bool
+    output: _Output
+    budget: Budget | None = None
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What goes to standard output: tables, or one document, or events and then the document."""
+
+    as_json: bool
+    as_events: bool
+
+    @property
+    def is_for_people(self) -> bool:
+        return not (self.as_json or self.as_events)
+
+    def faults(self) -> list[str]:
+        if self.as_json and self.as_events:
+            return ["--events: its last line is the document of --json; give one of the two"]
+        return []
+
+    def print(self, document: dict[str, Any]) -> None:
+        from bigray import console
+
+        if self.as_events:
+            console.print_event("result", "", document)
+        elif self.as_json:
+            console.print_json(document)
+
+
 @app.command(epilog="Example: bigray train examples/linear/job.toml --set training.lr=0.1")
 def train(
-    job: JobFile, set_: Overrides = None, address: Address = None, new: New = False, as_json: AsJson = False
-) -> None:
-    """Train every model of a job. The same command again resumes."""
-    _train_or_tune(job, None, set_, address, new, as_json)
-
-
-@app.command(epilog="Example: bigray tune examples/digits/job.toml --search tuning/lr_batch.toml")
-def tune(
     job: JobFile,
-    search: Annotated[str, typer.Option("--search", help="A search file.")] = "tuning/lr_batch.toml",
     set_: Overrides = None,
     address: Address = None,
     new: New = False,
     as_json: AsJson = False,
+    as_events: AsEvents = False,
 ) -> None:
-    """Search learning rates and batch sizes for every model of a job. The same command again goes on."""
-    _train_or_tune(job, search, set_, address, new, as_json)
+    """Train every model of a job. The same command again resumes."""
+    from bigray.workflow import read_files, request_of
+
+    output = _Output(as_json, as_events)
+    _raise_faults(output.faults())
+    _train_or_tune(_Asked(request_of(read_files(job, set_ or ())), None, address, new, output))
+
+
+@app.command(
+    epilog="Examples: bigray tune examples/digits/job.toml --search tuning/lr_batch.toml --budget 10m; "
+    "bigray tune --extend runs/digits-1a2b3c --trials 20"
+)
+def tune(
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="The job file; with --extend it can be left out.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", help="A search file.", show_default="tuning/lr_batch.toml")
+    ] = None,
+    set_: Overrides = None,
+    budget: BudgetText = None,
+    trials: Annotated[
+        int | None,
+        typer.Option("--trials", help="Trials in all, instead of the search file's; with --extend: so many more."),
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option("--extend", metavar="RUN", help="Add --trials N more to a run of before, and repeat none of its."),
+    ] = None,
+    address: Address = None,
+    new: New = False,
+    as_json: AsJson = False,
+    as_events: AsEvents = False,
+) -> None:
+    """Search learning rates, batch sizes and other settings for the models of a job. The same command again goes on."""
+    output = _Output(as_json, as_events)
+    faults = [*output.faults(), *_tune_faults(job, trials, extend, new)]
+    limit = _read_budget(budget, faults)
+    _raise_faults(faults)
+    spec: SearchSpec | None
+    if extend is not None:
+        from bigray.workflow import extend_request
+
+        assert trials is not None, "--extend without --trials is a fault"
+        request, spec = extend_request(extend, trials, job, search, set_ or ())
+    else:
+        from bigray.workflow import read_files, request_of
+
+        assert job is not None, "no job is a fault"
+        asked = read_files(job, set_ or (), search or DEFAULT_SEARCH, trials=trials)
+        request, spec = request_of(asked), asked.search
+    _train_or_tune(_Asked(request, spec, address, new, output, limit))
+
+
+@app.command(epilog="Example: bigray show runs/digits-1a2b3c --top 50")
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Trials to show, best first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a run stands, its trials and where their time went. Reads the folder only: no Ray is started."""
+    from bigray import console
+    from bigray.report import read_report
+
+    report = read_report(run)
+    console.print_json(report.to_json()) if as_json else console.print_report(report, top)
 
 
 @app.command(
@@ -138,6 +247,7 @@ def verify(
     differ). Nothing of the job's own runs is touched."""
     from bigray import console
     from bigray.cluster.connect import connect, prepare_environment
+    from bigray.live import run_view
     from bigray.training.groups import preload
     from bigray.training.request import make_request
     from bigray.training.runner import training_trials
@@ -150,7 +260,7 @@ def verify(
         plan_request(request)  # says no before Ray starts
     prepare_environment(joining=_is_joining(address))
     preload()
-    with _starting_anew(), connect(address), console.run_view(quiet=as_json) as view, terminated_by_signal():
+    with _starting_anew(), connect(address), run_view(quiet=as_json) as view, terminated_by_signal():
         found = verify_request(request, kills=kills, seed=seed, address=address, listener=view)
     console.print_json(found.to_json()) if as_json else console.print_verification(found)
     if not found.is_same:
@@ -182,9 +292,8 @@ def deploy(
 
     with connect(address) as connection:
         deployment = deploy_bundle(bundle, spec)
-        document = _show_deployment(deployment, bundle, as_json=as_json)
-        if as_json:
-            _print_json(document)
+        output = _Output(as_json, as_events=False)
+        output.print(_show_deployment(deployment, bundle, output))
         if connection.embedded:
             _serve_until_interrupted()
 
@@ -199,8 +308,10 @@ def run(
     set_: Overrides = None,
     address: Address = None,
     new: New = False,
+    budget: BudgetText = None,
     exit_: Annotated[bool, typer.Option("--exit", help="End the endpoint after the check, and leave nothing.")] = False,
     as_json: AsJson = False,
+    as_events: AsEvents = False,
 ) -> None:
     """Train or tune, deploy the winner, and check it over HTTP on the sealed holdout."""
     from bigray.cluster.connect import connect, prepare_environment
@@ -209,25 +320,32 @@ def run(
     from bigray.training.groups import preload
     from bigray.workflow import check_holdout, plan_request, read_files, request_of, serve_ahead
 
-    asked = read_files(job, set_ or (), search, serve)
-    assert asked.serve is not None, "read_files loads the serve file it is given"
-    request = request_of(asked)
+    output = _Output(as_json, as_events)
+    faults = output.faults()
+    limit = _read_budget(budget, faults)
+    if budget is not None and search is None:
+        faults.append("--budget: is for sweeps; give a --search file, or remove it")
+    _raise_faults(faults)
+    files = read_files(job, set_ or (), search, serve)
+    assert files.serve is not None, "read_files loads the serve file it is given"
+    request = request_of(files)
+    asked = _Asked(request, files.search, address, new, output, limit)
+    _raise_faults(_budget_faults(asked))
     if not _is_joining(address):
-        plan_request(request, asked.serve)  # says no before Ray starts
+        plan_request(request, files.serve)  # says no before Ray starts
     prepare_environment(joining=_is_joining(address))
     preload()
     with connect(address) as connection:
-        plan_request(request, asked.serve, address=address)
-        with serve_ahead(asked.serve) as on_event:
-            board = _execute(request, asked, address, new, as_json, on_event)
-            document = _show_board(board, as_json=as_json)
-        deployment = deploy_bundle(board.bundle.uri, asked.serve)
-        document |= _show_deployment(deployment, board.bundle.uri, as_json=as_json)
-        check = check_holdout(board.bundle.uri, request.dataset, deployment.url, asked.serve)
+        plan_request(request, files.serve, address=address)
+        with serve_ahead(files.serve) as on_event:
+            board, view = _execute(asked, on_event)
+            document = _show_board(board, view, output)
+        deployment = deploy_bundle(board.bundle.uri, files.serve)
+        document |= _show_deployment(deployment, board.bundle.uri, output)
+        check = check_holdout(board.bundle.uri, request.dataset, deployment.url, files.serve)
         if check is not None:
-            document |= _show_check(check, as_json=as_json)
-        if as_json:
-            _print_json(document)
+            document |= _show_check(check, output)
+        output.print(document)
         if exit_:
             delete_application(deployment.name)
         elif connection.embedded:
@@ -306,34 +424,29 @@ def main() -> None:
     app()
 
 
-def _train_or_tune(
-    job: str, search: str | None, overrides: list[str] | None, address: str | None, new: bool, as_json: bool
-) -> None:
+def _train_or_tune(asked: _Asked) -> None:
     from bigray.cluster.connect import connect, prepare_environment
     from bigray.training.groups import preload
-    from bigray.workflow import plan_request, read_files, request_of
+    from bigray.workflow import plan_request
 
-    asked = read_files(job, overrides or (), search)
-    request = request_of(asked)
-    if not _is_joining(address):
-        plan_request(request)  # says no before Ray starts
-    prepare_environment(joining=_is_joining(address))
+    _raise_faults(_budget_faults(asked))
+    if not _is_joining(asked.address):
+        plan_request(asked.request)  # says no before Ray starts
+    prepare_environment(joining=_is_joining(asked.address))
     preload()
-    with connect(address):
-        board = _execute(request, asked, address, new, as_json)
-    document = _show_board(board, as_json=as_json)
-    if as_json:
-        _print_json(document)
+    with connect(asked.address):
+        board, view = _execute(asked)
+    asked.output.print(_show_board(board, view, asked.output))
 
 
-def _execute(
-    request: RunRequest, asked: Asked, address: str | None, new: bool, as_json: bool, on_event: Listener | None = None
-) -> Leaderboard:
-    from bigray import console
+def _execute(asked: _Asked, on_event: Listener | None = None) -> tuple[Leaderboard, RunView]:
+    from bigray.live import run_view
     from bigray.training.runner import train_request
     from bigray.tuning.runner import tune_request
 
-    with console.run_view(quiet=as_json) as view, terminated_by_signal():
+    address, new = asked.address, asked.new
+    output = asked.output
+    with run_view(quiet=output.as_json, events=output.as_events) as view, terminated_by_signal():
 
         def listen(event: Event) -> None:
             view(event)
@@ -341,8 +454,46 @@ def _execute(
                 on_event(event)
 
         if asked.search is None:
-            return train_request(request, address=address, listener=listen, new=new)
-        return tune_request(request, asked.search, address=address, listener=listen, new=new)
+            return train_request(asked.request, address=address, listener=listen, new=new), view
+        return (
+            tune_request(asked.request, asked.search, address=address, listener=listen, new=new, budget=asked.budget),
+            view,
+        )
+
+
+def _tune_faults(job: str | None, trials: int | None, extend: str | None, new: bool) -> Iterator[str]:
+    """What is wrong with the options of `tune` among themselves."""
+    if job is None and extend is None:
+        yield "JOB: required, such as examples/digits/job.toml; only with --extend RUN it can be left out"
+    if extend is not None and trials is None:
+        yield f"--extend {extend}: say how many trials more, such as --trials 20"
+    if extend is not None and new:
+        yield "--extend: goes on with a run, --new starts one; give one of the two"
+    if trials is not None and trials < 1:
+        yield f"--trials: use a number from 1, got {trials}"
+
+
+def _read_budget(text: str | None, faults: list[str]) -> Budget | None:
+    from bigray.tuning.budget import parse_budget
+
+    try:
+        return None if text is None else parse_budget(text)
+    except SpecError as error:
+        faults.extend(f"--{fault}" for fault in error.faults)
+        return None
+
+
+def _budget_faults(asked: _Asked) -> list[str]:
+    from bigray.tuning.budget import budget_faults
+
+    if asked.budget is None:
+        return []
+    return [f"--{fault}" for fault in budget_faults(asked.budget, asked.request.job.scaling)]
+
+
+def _raise_faults(faults: Sequence[str]) -> None:
+    if faults:
+        raise SpecError(faults)
 
 
 @contextlib.contextmanager
@@ -369,15 +520,22 @@ def _existing_cluster(address: str | None) -> str:
     return resolve_address(address) or "auto"
 
 
-def _show_board(board: Leaderboard, *, as_json: bool) -> dict[str, Any]:
+def _show_board(board: Leaderboard, view: RunView, output: _Output) -> dict[str, Any]:
     from bigray import console
+    from bigray.report import board_document
 
-    if not as_json:
+    progress = view.progress
+    if output.is_for_people:
         console.print_leaderboard(board)
-    return {"leaderboard": board.to_json()}
+    if progress.budget is None:
+        return {"leaderboard": board_document(board)}
+    if output.is_for_people:
+        console.print_budget(progress.budget, progress.num_ended, progress.num_trials)
+    reached = {"trials_ended": progress.num_ended, "trials": progress.num_trials}
+    return {"leaderboard": board_document(board), "budget_used_up": {"budget": progress.budget, **reached}}
 
 
-def _show_deployment(deployment: Deployment, bundle: str, *, as_json: bool) -> dict[str, Any]:
+def _show_deployment(deployment: Deployment, bundle: str, output: _Output) -> dict[str, Any]:
     from dataclasses import asdict
 
     from bigray import console
@@ -385,25 +543,19 @@ def _show_deployment(deployment: Deployment, bundle: str, *, as_json: bool) -> d
     from bigray.workflow import curl_command
 
     curl = curl_command(deployment.url, ModelBundle.load(bundle).manifest)
-    if not as_json:
+    if output.is_for_people:
         console.print_deployment(deployment, curl)
     return {"deployment": {**asdict(deployment), "curl": curl}}
 
 
-def _show_check(check: Any, *, as_json: bool) -> dict[str, Any]:
+def _show_check(check: Any, output: _Output) -> dict[str, Any]:
     from dataclasses import asdict
 
     from bigray import console
 
-    if not as_json:
+    if output.is_for_people:
         console.print_holdout(check)
     return {"holdout": {**asdict(check), "all_equal": check.all_equal}}
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    from bigray import console
-
-    console.print_json(document)
 
 
 def _write_native_config(bundle: str, spec: Any, path: Path) -> None:

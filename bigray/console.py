@@ -1,34 +1,43 @@
-"""Everything a person sees: tables, the live view, one-line errors. The only module that prints.
-
-On a terminal a run is a live table; in a log file or CI the same events are plain lines.
-"""
+"""Everything a person or a script reads of a result: tables, JSON, one-line errors. The only module that prints."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bigray.cluster.plan import Plan
 from bigray.errors import BigrayError
-from bigray.progress import RunProgress, TrialProgress
-from bigray.results import HoldoutCheck, Kill, Leaderboard, ModelVerification, Resize, Verification
-from bigray.serve.runner import Deployment, EndpointStatus
-from bigray.training.commands import Event
+from bigray.results import (
+    Finalist,
+    HoldoutCheck,
+    Kill,
+    Leaderboard,
+    ModelVerification,
+    Resize,
+    TrialResult,
+    Verification,
+)
+from bigray.specs import TrialSpec
 
-SHOWN_TRIALS = 12
-PLAIN_INTERVAL_S = 1.0
-"""Least time between two epoch lines of one trial in a log."""
+if TYPE_CHECKING:
+    from bigray.cluster.plan import Plan
+    from bigray.report import RunReport, Totals
+    from bigray.serve.runner import Deployment, EndpointStatus
+
+WHOLE_LEADERBOARD = 40
+"""Trials up to which a leaderboard has a row for each; of more, `SHOWN_OF_MANY`."""
+SHOWN_OF_MANY = 20
+MOST_ERRORS = 5
+WIDTH_OF_LEDGER = 105
 
 LOG_WIDTH = 120
 """Columns of a table in a file, which has no width of its own."""
@@ -39,7 +48,41 @@ err = Console(stderr=True, highlight=False)
 
 def print_json(document: Any) -> None:
     """One JSON document on standard output, for scripts."""
-    out.file.write(json.dumps(document, indent=2, allow_nan=False, default=str) + "\n")
+    out.file.write(_dumped(document, indent=2) + "\n")
+
+
+def print_event(kind: str, trial_id: str, values: Mapping[str, Any]) -> None:
+    """One line of JSON on standard output, at once. A reader that went away does not end the run."""
+    line = _dumped({"kind": kind, **({"trial": trial_id} if trial_id else {}), **values})
+    with suppress(BrokenPipeError):
+        out.file.write(line + "\n")
+        out.file.flush()
+
+
+def _dumped(document: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(document, indent=indent, allow_nan=False, default=_as_json)
+    except ValueError:  # NaN or an infinity, which JSON has not: rare enough to look for it only then
+        return json.dumps(_finite(document), indent=indent, allow_nan=False)
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON has no word for: trials as their ids, other values as plain ones."""
+    if isinstance(value, TrialSpec):
+        return value.trial_id
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else _finite(_as_json(value))
 
 
 def print_error(error: BigrayError) -> None:
@@ -62,7 +105,7 @@ def print_plan(plan: Plan) -> None:
     table.add_row("cluster", f"{plan.cluster_cpus:g} CPUs, {plan.cluster_gpus:g} GPUs on {nodes}")
     table.add_row("data", ", ".join(f"{count:,} {part}" for part, count in plan.rows.items()))
     table.add_row("models", ", ".join(plan.models))
-    table.add_row("trials", f"{plan.trials}, {plan.trials_at_once} at once")
+    table.add_row("trials", f"{plan.trials:,}, {plan.trials_at_once} at once")
     groups = f"{plan.groups} x {plan.workers_per_group} worker{'s' if plan.workers_per_group > 1 else ''}"
     table.add_row("worker groups", f"{groups} over {plan.backend}, holding {plan.cpus:g} CPUs and {plan.gpus:g} GPUs")
     table.add_row("storage", plan.storage)
@@ -75,37 +118,258 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_leaderboard(board: Leaderboard) -> None:
-    """All trials, best first, and the winner in one line."""
-    metrics = [board.metric, *(name for name in board.winner.metrics if name != board.metric)]
-    shown = metrics if out.width >= LOG_WIDTH else [board.metric]
-    title = f"{board.run_id}: {len(board.trials)} trials by {board.metric}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("trial", "lr", "batch", "status", "epochs", "best at", *shown):
-        table.add_column(name, justify="right" if name not in ("trial", "status") else "left", no_wrap=True)
-    for number, trial in enumerate(board.trials):
-        values = [f"{trial.metrics[name]:.4f}" if name in trial.metrics else "-" for name in shown]
-        cells = [
-            trial.trial_id,
-            f"{trial.config['lr']:g}",
-            str(trial.config["global_batch_size"]),
-            trial.status,
-            str(trial.epochs),
-            str(trial.best_epoch) if trial.metrics else "-",
-            *values,
-        ]
-        table.add_row(*cells, style="bold green" if number == 0 else None)
-    out.print(table)
-    for trial in board.trials:
-        if trial.error:
-            out.print(Text(f"{trial.trial_id} failed: {trial.error}", style="red"), soft_wrap=True)
+    """The trials, best first, the finalists where there are any, and the winner in one line."""
+    from bigray.report import totals_of, why
+
+    many = len(board.trials) > WHOLE_LEADERBOARD
+    statuses = {trial.trial_id: trial.status for trial in board.trials}
+    title = f"{board.run_id}: {len(board.trials):,} trials by {board.metric}"
+    shown = board.trials[: SHOWN_OF_MANY if many else None]
+    out.print(_trial_table(title, shown, statuses, board.metric, board.winner.trial_id))
+    if many:
+        rest = (statuses[trial.trial_id] for trial in board.trials[SHOWN_OF_MANY:])
+        out.print(
+            f"and {_counted(rest)}; bigray show {board.run_uri} --top {len(board.trials)} shows all", soft_wrap=True
+        )
+    _print_errors(board.trials)
+    if board.finalists:
+        print_finalists(board.finalists, board.metric, why(board.finalists, board.trials, board.metric, board.mode))
     winner = board.winner
     out.print(
         f"winner: {winner.model_name}, trial {winner.trial_id}, step {winner.best_step:,} (epoch {winner.best_epoch}), "
         f"{board.metric} {winner.metrics[board.metric]:.4f}   {board.wall_s:.1f} s",
         soft_wrap=True,
     )
+    if board.efficiency is not None and len(board.trials) > 1:
+        out.print(efficiency_line(totals_of(board.trials, board.slots, board.training_wall_s)), soft_wrap=True)
     out.print(f"samples lost {board.samples_lost:,}, repeated {board.samples_repeated:,}")
     out.print(f"bundle: {board.bundle.uri}", soft_wrap=True, markup=False)
+
+
+def print_budget(text: str, num_ended: int, num_trials: int) -> None:
+    """That a run ended early, as asked."""
+    reached = f"{num_ended:,} of {num_trials:,} trials had ended"
+    say(f"the budget of {text} is used up: {reached}; the same command with a larger --budget goes on")
+
+
+def print_report(report: RunReport, top: int) -> None:
+    """All that a run's journal tells: how it stands, its trials, where their time went."""
+    out.print(
+        Text.assemble(("run ", "bold"), f"{report.run_id} of job {report.job}, in {report.folder}"), soft_wrap=True
+    )
+    out.print(Text.assemble(("status ", "bold"), _status_line(report)), soft_wrap=True)
+    counts = ", ".join(f"{count:,} {status}" for status, count in report.counts.items())
+    out.print(Text.assemble(("trials ", "bold"), f"{report.num_planned:,}: {counts or 'none begun'}"), soft_wrap=True)
+    shown = report.trials[:top]
+    if shown:
+        title = f"best {len(shown)} by {report.metric}" if len(report.trials) > top else f"by {report.metric}"
+        out.print(_trial_table(title, shown, report.statuses, report.metric, report.winner))
+        if len(report.trials) > top:
+            rest = [report.statuses[trial.trial_id] for trial in report.trials[top:]]
+            out.print(f"and {_counted(rest)}; --top {len(report.trials)} shows all")
+        _print_errors(report.trials)
+        out.print(_ledger_table(shown, report.totals))
+        out.print(_totals_line(report.totals), soft_wrap=True)
+        out.print(efficiency_line(report.totals), soft_wrap=True)
+    for probe in report.probes:
+        out.print(f"probe: {describe_probe(probe)}", soft_wrap=True, markup=False)
+    if happened := ", ".join(f"{count:,} {_HAPPENED[kind]}" for kind, count in report.events.items() if count):
+        out.print(f"on the way: {happened}", soft_wrap=True)
+    if report.finalists:
+        print_finalists(report.finalists, report.metric, report.why)
+    if report.bundle:
+        out.print(f"bundle: {report.bundle}", soft_wrap=True, markup=False)
+
+
+def print_finalists(finalists: Sequence[Finalist], metric: str, reason: str | None) -> None:
+    """The finalists with what their seeds came to, the winner first, and what decided."""
+    table = Table(title="finalists, trained again", title_justify="left", box=SIMPLE_HEAD)
+    columns = ("finalist", "seeds", f"mean {metric}", "95 % interval", "", "parameters", "ms a row")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("finalist", "") else "right", no_wrap=True)
+    is_tie = sum(finalist.is_tied for finalist in finalists) > 1
+    for number, finalist in enumerate(finalists):
+        half = (finalist.high - finalist.low) / 2
+        has_values = bool(finalist.values)
+        table.add_row(
+            finalist.trial_id,
+            str(len(finalist.values)),
+            f"{finalist.mean:.4f}" + (f" ± {half:.4f}" if len(finalist.values) > 1 else "") if has_values else "-",
+            f"{finalist.low:.4f} to {finalist.high:.4f}" if len(finalist.values) > 1 else "-",
+            "tie" if is_tie and finalist.is_tied else "",
+            f"{finalist.num_parameters:,}",
+            f"{finalist.latency_ms:.3g}" if finalist.latency_ms is not None else "-",
+            style="bold green" if number == 0 else None,
+        )
+    out.print(table)
+    if reason:
+        out.print(f"why: {reason}", soft_wrap=True, markup=False)
+
+
+def efficiency_line(totals: Totals) -> str:
+    """What share of the groups' time was training, and what that means."""
+    if totals.efficiency is None:
+        return "efficiency: no trial has been trained yet"
+    groups = f"{totals.slots} group{'s' if totals.slots != 1 else ''}"
+    return (
+        f"efficiency {totals.efficiency:.0%}: {totals.ledger.compute_s:.1f} s of training steps in "
+        f"{totals.training_wall_s:.1f} s x {groups}; the rest is what the ledger names, and waiting between trials"
+    )
+
+
+def describe_probe(values: Mapping[str, Any]) -> str:
+    """What a probe measured and chose, in one line."""
+    what = f"{values.get('model', '-')}, batch {values.get('batch', '-')}"
+    choice = "trained stacked" if values.get("is_stacked") else "trained one by one"
+    if values.get("why_not"):
+        return f"{what}: {choice}, cannot be stacked: {values['why_not']}"
+    times = [("alone", values.get("alone_step_s")), ("stacked", values.get("stacked_step_s"))]
+    shown = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in times if seconds is not None)
+    return f"{what}: {choice} (a step of one trial: {shown})"
+
+
+_HAPPENED = {
+    "retried": "trials split after running out of memory",
+    "recycled": "workers replaced for their memory",
+    "lost": "workers lost",
+    "promoted": "promotions",
+    "exploited": "takeovers of weights",
+}
+
+_LEDGER_COLUMNS = {
+    "start": "start_s",
+    "data": "data_s",
+    "compute": "compute_s",
+    "evaluation": "evaluation_s",
+    "checkpoint": "checkpoint_s",
+    "reporting": "reporting_s",
+    "other": "other_s",
+    "wall": "wall_s",
+    "CPU-s": "cpu_s",
+}
+
+
+def _trial_table(
+    title: str, trials: Sequence[TrialResult], statuses: Mapping[str, str], metric: str, winner: str | None
+) -> Table:
+    columns = _trial_columns(trials, statuses, metric)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("trial", "status") else "right", no_wrap=True)
+    for number, trial in enumerate(trials):
+        cells = [column[number] for column in columns.values()]
+        table.add_row(*cells, style="bold green" if trial.trial_id == winner else None)
+    return table
+
+
+def _trial_columns(trials: Sequence[TrialResult], statuses: Mapping[str, str], metric: str) -> dict[str, list[str]]:
+    """The columns that the width has room for: the metric that decides first, then settings, then other metrics."""
+    settings = list(trials[0].config)
+    others = [name for name in next((trial.metrics for trial in trials if trial.metrics), {}) if name != metric]
+    columns = {
+        "trial": [trial.trial_id for trial in trials],
+        **{_short(key): [_setting(trial.config.get(key)) for trial in trials] for key in settings},
+        "status": [_status_cell(statuses[trial.trial_id], trial) for trial in trials],
+        "epochs": [str(trial.epochs) for trial in trials],
+        "best at": [str(trial.best_epoch) if trial.metrics else "-" for trial in trials],
+        **{name: [_metric_cell(trial, name) for trial in trials] for name in (metric, *others)},
+    }
+    may_go = [*others[::-1], *[_short(key) for key in settings[2:]][::-1], "best at", "epochs"]
+    while may_go and _GAP + sum(max(map(len, (name, *cells))) + _GAP for name, cells in columns.items()) > out.width:
+        del columns[may_go.pop(0)]
+    return columns
+
+
+_GAP = 2
+"""Blanks between two columns, and at the edges."""
+
+
+def _short(setting: str) -> str:
+    return "batch" if setting == "global_batch_size" else setting
+
+
+def _metric_cell(trial: TrialResult, name: str) -> str:
+    return f"{trial.metrics[name]:.4f}" if name in trial.metrics else "-"
+
+
+def _setting(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _status_cell(status: str, trial: TrialResult) -> str:
+    split = f" (micro-batch {trial.micro_batch_size}: out of memory)" if trial.micro_batch_size else ""
+    return status + split
+
+
+def _ledger_table(trials: Sequence[TrialResult], totals: Totals) -> Table:
+    """Seconds of each trial by what they went into; the parts add up to the wall, waiting came before it."""
+    is_wide = out.width >= WIDTH_OF_LEDGER
+    title = "ledger, seconds" if is_wide else "ledger, seconds (on a wider terminal: CPU, GPU and memory)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    parts = [name for name in _LEDGER_COLUMNS if is_wide or name != "CPU-s"]
+    has_gpus = is_wide and totals.ledger.gpu_s > 0
+    table.add_column("trial", no_wrap=True)
+    for name in ("waiting", *parts, *(("GPU-s",) if has_gpus else ()), *(("memory",) if is_wide else ())):
+        # on a narrow terminal the headings are folded, not the figures
+        table.add_column(name, justify="right", overflow="fold", min_width=5, no_wrap=is_wide)
+    rows = [(trial.trial_id, trial.waiting_s, trial.ledger) for trial in trials]
+    for name, waiting_s, ledger in [*rows, ("all trials", totals.waiting_s, totals.ledger)]:
+        cells = [_amount(waiting_s), *[_amount(getattr(ledger, _LEDGER_COLUMNS[part])) for part in parts]]
+        cells += [_amount(ledger.gpu_s)] if has_gpus else []
+        cells += [_bytes(ledger.peak_rss_bytes)] if is_wide else []
+        table.add_row(name, *cells, style="bold" if name == "all trials" else None)
+    return table
+
+
+def _totals_line(totals: Totals) -> str:
+    ledger = totals.ledger
+    wall_s = ledger.wall_s or math.inf
+    names = [name for name in _LEDGER_COLUMNS if name not in ("wall", "CPU-s")]
+    shares = {name: getattr(ledger, _LEDGER_COLUMNS[name]) / wall_s for name in names}
+    most = sorted(shares, key=lambda name: -shares[name])
+    return "the groups' time: " + ", ".join(f"{name} {shares[name]:.0%}" for name in most if shares[name] >= 0.005)
+
+
+def _status_line(report: RunReport) -> str:
+    if report.status == "complete":
+        return f"complete, winner {report.winner}"
+    if report.status == "budget used up":
+        return f"budget of {report.budget} used up; the same command with a larger --budget goes on"
+    return (
+        f"not complete: interrupted, or still running (last event {_ago(report.idle_s)} ago); the same command goes on"
+    )
+
+
+def _counted(statuses: Iterable[str]) -> str:
+    counts = Counter(statuses)
+    listed = ", ".join(f"{count:,} {status}" for status, count in counts.most_common())
+    return f"{counts.total():,} more ({listed})"
+
+
+def _print_errors(trials: Sequence[TrialResult]) -> None:
+    failed = [trial for trial in trials if trial.error]
+    for trial in failed[:MOST_ERRORS]:
+        out.print(Text(f"{trial.trial_id} failed: {trial.error}", style="red"), soft_wrap=True)
+    if len(failed) > MOST_ERRORS:
+        out.print(Text(f"{len(failed) - MOST_ERRORS:,} more failed", style="red"))
+
+
+def _amount(seconds: float) -> str:
+    """With as many digits as say something, and no more than fit a column."""
+    return f"{seconds:.3f}" if seconds < 10 else f"{seconds:,.1f}" if seconds < 1000 else f"{seconds:,.0f}"
+
+
+def _bytes(count: int) -> str:
+    if not count:
+        return "-"
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def print_deployment(deployment: Deployment, curl: str) -> None:
@@ -212,185 +476,3 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
     """One JSON object a line."""
     for prediction in predictions:
         out.file.write(json.dumps(prediction) + "\n")
-
-
-@contextmanager
-def run_view(*, quiet: bool = False) -> Iterator[RunView]:
-    """A listener for a run's events: a live table on a terminal, plain lines elsewhere, nothing when `quiet`."""
-    if quiet or not err.is_terminal:
-        yield PlainView(quiet=quiet)
-        return
-    view = LiveView()
-    with Live(console=err, get_renderable=view.render, refresh_per_second=4, transient=True):
-        yield view
-
-
-class RunView:
-    """Takes a run's events."""
-
-    def __init__(self) -> None:
-        self.progress = RunProgress()
-
-    def __call__(self, event: Event) -> None:
-        self.progress.update(event)
-        if line := _headline(event):
-            say(line)
-
-
-class LiveView(RunView):
-    """A table that is redrawn while the run goes on."""
-
-    def render(self) -> RenderableType:
-        progress = self.progress
-        elapsed = time.monotonic() - progress.started
-        if not progress.trials:
-            return Text(f"{progress.phase} ... {elapsed:.0f} s", style="dim")
-        header = f"{progress.phase} ... {progress.num_ended} of {len(progress.trials)} trials, {elapsed:.0f} s"
-        leader = progress.leader
-        if leader is not None and leader.best is not None:
-            header += f", best {progress.metric} {leader.best:.4f} ({leader.trial.trial_id})"
-        return Group(Text(header, style="bold"), self._table())
-
-    def _table(self) -> Table:
-        progress = self.progress
-        table = Table(box=None, padding=(0, 1))
-        columns = ("trial", "lr", "batch", "epochs", "", "loss", progress.metric, "best", "samples/s", "left", "status")
-        for name in columns:
-            table.add_column(name, justify="left" if name in ("trial", "", "status") else "right")
-        for row in _rows_to_show(progress):
-            table.add_row(*_live_cells(row, progress.metric))
-        return table
-
-
-class PlainView(RunView):
-    """A line for what matters, at most one a second for each trial's epochs."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        super().__init__()
-        self._quiet = quiet
-        self._last_line: dict[str, float] = {}
-
-    def __call__(self, event: Event) -> None:
-        if self._quiet:
-            return
-        super().__call__(event)
-        if event.kind == "epoch" and self._is_due(event):
-            say(_epoch_line(self.progress.trials[event.trial_id], self.progress.metric))
-        elif event.kind == "state":
-            say(_state_line(self.progress, event))
-
-    def _is_due(self, event: Event) -> bool:
-        now = time.monotonic()
-        if now - self._last_line.get(event.trial_id, -math.inf) < PLAIN_INTERVAL_S:
-            return False
-        self._last_line[event.trial_id] = now
-        return True
-
-
-def _headline(event: Event) -> str | None:
-    values = event.values
-    match event.kind:
-        case "starting":
-            return f"starting {values['run']}: {len(values['trials'])} trials, in {values['folder']}"
-        case "resuming":
-            ended, total = values["ended"], len(values["trials"])
-            return f"resuming {values['run']} at step {values['step']:,}: {ended} of {total} trials had ended"
-        case "complete":
-            return f"{values['run']} is complete already; reading its results (--new runs it again)"
-        case "warning":
-            return f"warning: {event.trial_id}: {values['text']}"
-        case "resumed":
-            return f"{event.trial_id}: goes on at step {values['step']:,}, from {values['from']}"
-        case "failed":
-            return f"{event.trial_id} failed: {values['error']}"
-        case _:
-            return _group_headline(event)
-
-
-def _group_headline(event: Event) -> str | None:
-    """What happened to the processes of a group, by itself or on purpose."""
-    values = event.values
-    match event.kind:
-        case "lost":
-            return f"lost a worker{_of(event)}: {_place(event)}, {values['how']}"
-        case "hang":
-            return f"hang{_of(event)}: {values['text']}"
-        case "regrouped":
-            return f"the group goes on with {values['workers']} workers{_of(event)}"
-        case "killed":
-            return f"verify: SIGKILL to {_place(event)}{_of(event)}, at about step {values['step']:,}"
-        case "held":
-            return f"verify: stopped the group{_of(event)} at about step {values['step']:,}, to go on with another"
-        case _:
-            return None
-
-
-def _place(event: Event) -> str:
-    return f"rank {event.values['rank']} (pid {event.values['pid']} on {event.values['node']})"
-
-
-def _of(event: Event) -> str:
-    return f" of {event.trial_id}" if event.trial_id else ""
-
-
-def _epoch_line(row: TrialProgress, metric: str) -> str:
-    return (
-        f"{row.trial.trial_id}: epoch {row.epoch}/{row.trial.training.epochs}, loss {_number(row.train_loss)}, "
-        f"{metric} {_number(row.metrics.get(metric))}, {_rate(row.samples_per_s)} samples/s, "
-        f"{_seconds(row.remaining_s)} left"
-    )
-
-
-def _state_line(progress: RunProgress, event: Event) -> str:
-    row = progress.trials[event.trial_id]
-    best = f"{row.best:.4f}" if row.best is not None else "-"
-    return (
-        f"{row.trial.trial_id}: {row.status} at epoch {row.epoch}, best {progress.metric} {best} "
-        f"(lr {row.settings['lr']:g}, batch {row.settings['global_batch_size']}); "
-        f"{progress.num_ended} of {len(progress.trials)} trials ended"
-    )
-
-
-def _rows_to_show(progress: RunProgress) -> list[TrialProgress]:
-    """What runs, then the best so far, as many as fit a screen; a short run is shown whole, in its own order."""
-    rows = list(progress.trials.values())
-    if len(rows) <= SHOWN_TRIALS:
-        return rows
-    sign = -1.0 if progress.mode == "max" else 1.0
-
-    def key(row: TrialProgress) -> tuple[bool, bool, float]:
-        return (row.status not in ("running", "paused"), row.best is None, sign * (row.best or 0.0))
-
-    return sorted((row for row in rows if row.status != "waiting"), key=key)[:SHOWN_TRIALS]
-
-
-def _live_cells(row: TrialProgress, metric: str) -> list[RenderableType]:
-    epochs = row.trial.training.epochs
-    value = row.metrics.get(metric)
-    return [
-        row.trial.trial_id,
-        f"{row.settings['lr']:g}",
-        str(row.settings["global_batch_size"]),
-        f"{row.epoch}/{epochs}",
-        ProgressBar(total=epochs, completed=row.epoch, width=16),
-        _number(row.train_loss),
-        _number(value),
-        _number(row.best),
-        _rate(row.samples_per_s),
-        _seconds(row.remaining_s),
-        row.status,
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

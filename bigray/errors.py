@@ -4,7 +4,8 @@ BigrayError                     exit code
 ├── SpecError                   2   a file or option is wrong; lists every fault
 │   └── CapacityError           2   the cluster cannot hold what was asked for, ever or now
 ├── TrainingFailed              3   a trial raised, diverged, or its workers died too often
-│   └── OutOfMemory             3   a worker had no memory for a forward or backward pass
+│   ├── OutOfMemory             3   a worker had no memory for a forward or backward pass
+│   └── GroupLost               3   no worker group is left to train on; the trial itself has not failed
 ├── StorageError                4   a path cannot be read or written
 │   ├── CorruptFile             4   a file's bytes do not match its manifest
 │   └── DiskFull                4   no space left, or a quota is used up
@@ -28,6 +29,7 @@ __all__ = [
     "CorruptFile",
     "DeployError",
     "DiskFull",
+    "GroupLost",
     "OutOfMemory",
     "Preempted",
     "SpecError",
@@ -76,6 +78,10 @@ class OutOfMemory(TrainingFailed):
 
     def __str__(self) -> str:
         return self.message
+
+
+class GroupLost(TrainingFailed):
+    """A worker group has ended, and there is no other: running the same command again goes on."""
 
 
 class StorageError(BigrayError):

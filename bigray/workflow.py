@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import numpy as np
 from bigray.bundle import BundleManifest, ModelBundle
 from bigray.cluster.capacity import connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
-from bigray.cluster.plan import Plan, make_plan
+from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, make_plan
 from bigray.data.dataset import Dataset
 from bigray.errors import DeployError, SpecError, StorageError
 from bigray.inference import Predictions, Predictor
+from bigray.journal import read_journal
 from bigray.loading import load_job, load_search
-from bigray.paths import BUNDLE
+from bigray.paths import BUNDLE, RUN_FILE, RunPaths
 from bigray.results import HoldoutCheck, Leaderboard
 from bigray.serve.client import predict_table
 from bigray.serve.config import ServeSpec, load_serve
@@ -51,16 +53,20 @@ class Asked:
 
 
 def read_files(
-    job: str | Path, overrides: Sequence[str] = (), search: str | Path | None = None, serve: str | Path | None = None
+    job: str | Path,
+    overrides: Sequence[str] = (),
+    search: str | Path | None = None,
+    serve: str | Path | None = None,
+    trials: int | None = None,
 ) -> Asked:
-    """Read the files of a command; the faults of all of them are told together.
+    """Read the files of a command; the faults of all of them are told together. `trials` overrides the search file's.
 
     Raises:
         SpecError: with one line for each fault.
     """
     faults: list[str] = []
     job_spec = _collect(faults, lambda: load_job(job, overrides))
-    search_spec = _collect(faults, lambda: load_search(search, job_spec)) if search is not None else None
+    search_spec = _collect(faults, lambda: load_search(search, job_spec, trials)) if search is not None else None
     serve_spec = _collect(faults, lambda: load_serve(serve)) if serve is not None else None
     if faults:
         raise SpecError(faults)
@@ -73,6 +79,61 @@ def request_of(asked: Asked) -> RunRequest:
     if asked.search is None:
         return make_request(asked.job, training_trials(asked.job))
     return make_request(asked.job, search_trials(asked.job, asked.search), asked.search.model_dump(mode="json"))
+
+
+def extend_request(
+    run: str, trials: int, job: str | None = None, search: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[RunRequest, SearchSpec]:
+    """A finished sweep with `trials` more. Job and search file are not needed; where given, they must be the run's.
+
+    Raises:
+        SpecError: no such run, not a sweep that can be extended, or something that decides the results has changed.
+    """
+    paths = find_run(run)
+    document = json.loads(paths.storage.read_bytes(RUN_FILE))
+    if document["search"] is None:
+        raise SpecError(f"--extend: {paths.run_id} is a plain training, without a search; use bigray tune")
+    job_spec = JobSpec.model_validate_json(json.dumps(document["job"]))
+    search_spec = SearchSpec.model_validate_json(json.dumps(document["search"]))
+    if search_spec.search == "grid" or search_spec.scheduler == "pbt" or search_spec.trials is None:
+        what = "a grid is whole" if search_spec.search == "grid" else "a population has a fixed size"
+        raise SpecError(f"--extend: {paths.run_id}: {what}; begin another sweep with bigray tune")
+    if job is not None:
+        _check_same("the job", job_spec.fixed_by(), load_job(job, overrides).fixed_by(), paths)
+    if search is not None:
+        asked = load_search(search, job_spec)
+        _check_same("the search", search_spec.model_dump(mode="json"), asked.model_dump(mode="json"), paths)
+    before = [event["trials"] for event in read_journal(paths) if event["kind"] in ("extended", "completed")]
+    total = max([search_spec.trials, *before]) + trials
+    extended = search_spec.model_copy(update={"trials": total})
+    job_spec = job_spec.model_copy(update={"storage": paths.storage.uri.rpartition("/")[0]})
+    request = make_request(job_spec, search_trials(job_spec, extended), document["search"], extended_to=total)
+    if request.dataset.fingerprint != document["data"]["fingerprint"]:
+        raise SpecError(f"--extend: the rows of {job_spec.data.source} are not those of {paths.run_id}")
+    if not re.fullmatch(rf"{re.escape(request.run_id)}(-\d+)?", paths.run_id):  # with the number that --new puts behind
+        raise SpecError(f"--extend: the code of a model or task is not what {paths.run_id} was trained with")
+    return replace(request, run_name=paths.run_id), search_spec
+
+
+def _check_same(what: str, recorded: dict[str, Any], asked: dict[str, Any], paths: RunPaths) -> None:
+    different = sorted(key for key in {*recorded, *asked} if recorded.get(key) != asked.get(key))
+    if different:
+        raise SpecError(
+            f"--extend: {what} is not that of {paths.run_id}: {', '.join(different)} differs; leave the file out, or "
+            "begin another sweep with bigray tune"
+        )
+
+
+def find_run(location: str | Path) -> RunPaths:
+    """A run's folder.
+
+    Raises:
+        StorageError: there is none; names what is near.
+    """
+    storage = open_storage(location)
+    if not storage.exists(RUN_FILE):
+        raise StorageError(f"{storage.uri}: no run here{_runs_near(storage)}")
+    return RunPaths(storage, storage.root.rpartition("/")[2])
 
 
 def plan(
@@ -95,7 +156,9 @@ def plan_request(request: RunRequest, serve: ServeSpec | None = None, *, address
         ensure_connected(address)
         capacity = connected_capacity()
     needs = serve.needs() if serve is not None else None
-    return make_plan(request.job, len(request.trials), request.dataset.num_rows, capacity, needs)
+    actor_bytes = LEG_ACTOR_BYTES if request.search is not None else 0
+    rows = request.dataset.num_rows
+    return make_plan(request.job, request.num_trials, rows, capacity, needs, trial_actor_bytes=actor_bytes)
 
 
 def find_bundle(location: str | Path | Storage) -> str:

@@ -11,8 +11,10 @@ from bigray.training.tensor_files import pack_tensors
 
 
 class RecordingHooks:
-    def __init__(self, save_at: Collection[int] = (), stop_at: Collection[int] = ()) -> None:
-        self.save_at, self.stop_at = save_at, stop_at
+    def __init__(
+        self, save_at: Collection[int] = (), stop_at: Collection[int] = (), rest_at: Collection[int] = ()
+    ) -> None:
+        self.save_at, self.stop_at, self.rest_at = save_at, stop_at, rest_at
         self.reports: list[dict[str, Any]] = []
         self.checkpoints: list[Checkpoint] = []
         self.warnings: list[str] = []
@@ -22,7 +24,7 @@ class RecordingHooks:
         self.phases.append(phase)
 
     def exchange(self, step: int) -> Wish:
-        return Wish(save=step in self.save_at, stop=step in self.stop_at)
+        return Wish(save=step in self.save_at, stop=step in self.stop_at, rest=step in self.rest_at)
 
     def on_epoch(self, report: dict[str, Any]) -> None:
         self.reports.append(report)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import glob
 import math
 import os
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bigray.specs import ScalingSpec
 
-_SLACK = 1e-6
-"""Resources are fractions such as 0.1; Ray counts them in steps of 1e-4, floats do not."""
+_UNITS = 10_000
+"""Ray counts every resource in whole steps of 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class Node:
     gpus: float
     free_cpus: float
     free_gpus: float
+    free_gpu_shares: tuple[float, ...] | None = None
+    """What is free of each GPU. None where only the sum is known: then the held shares are taken to lie close."""
+    free_memory_bytes: float = math.inf
+    """Of Ray's `memory` resource; infinite where it is not known, before Ray starts."""
+    object_store_bytes: float = math.inf
+    replicas: int = 0
+    """Of Ray Serve, that run here now; what they hold is not free."""
+    has_driver: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,35 +57,129 @@ class Capacity:
     def free_gpus(self) -> float:
         return sum(node.free_gpus for node in self.nodes)
 
+    @property
+    def replicas(self) -> int:
+        return sum(node.replicas for node in self.nodes)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one worker or one replica holds, on one node."""
+
+    cpus: float
+    gpus: float
+
+    @classmethod
+    def of_worker(cls, scaling: ScalingSpec) -> Bundle:
+        return cls(scaling.cpus_per_worker, scaling.gpus_per_worker)
+
 
 def workers_that_fit(capacity: Capacity, scaling: ScalingSpec, *, free_only: bool) -> int:
     """Workers of this size over all nodes; a worker never spans two nodes. `free_only`: beside what runs there now."""
-    total = 0
-    for node in capacity.nodes:
-        cpus, gpus = (node.free_cpus, node.free_gpus) if free_only else (node.cpus, node.gpus)
-        by_cpu = math.floor(cpus / scaling.cpus_per_worker + _SLACK)
-        by_gpu = _fit_on_gpus(gpus, scaling.gpus_per_worker) if scaling.gpus_per_worker else by_cpu
-        total += min(by_cpu, by_gpu)
-    return total
+    return bundles_that_fit(capacity, Bundle.of_worker(scaling), free_only=free_only)
 
 
-def groups_that_fit(capacity: Capacity, scaling: ScalingSpec, wanted: int) -> int:
+def bundles_that_fit(capacity: Capacity, bundle: Bundle, *, free_only: bool) -> int:
+    """Equal bundles that find a place in whatever order, and on whatever nodes, Ray places them.
+
+    Ray chooses a node by the sum of its GPUs, and only the node itself looks at each of them. A node of two GPUs is
+    chosen for a third bundle of 0.6, refuses it, and is chosen again, for ever. So where a node looks larger than it
+    is, no more are counted than it holds: all of them may come to it.
+    """
+    if not _units(bundle.cpus) and not _units(bundle.gpus):
+        return sys.maxsize if capacity.nodes else 0
+    places = [_places_on(node, bundle, free_only=free_only) for node in capacity.nodes]
+    total = sum(place.real for place in places)
+    return min([total, *(place.real for place in places if place.seen > place.real)])
+
+
+def groups_that_fit(capacity: Capacity, scaling: ScalingSpec, wanted: int, *, trial_actor_bytes: int = 0) -> int:
     """Groups to open for `wanted` trials: as many as fit beside what runs there now.
 
     All bundles of all groups are equal, so counting them is exact: whatever order Ray places them in, this many find
-    a place. Nothing else that bigray starts holds a CPU, so a sweep cannot wait for itself.
+    a place. Nothing else that bigray starts holds a CPU, so a sweep cannot wait for itself. An actor of a Tune trial
+    holds memory (`trial_actor_bytes`), and a group without one would have nothing to do.
     """
-    workers = workers_that_fit(capacity, scaling, free_only=True)
+    size = workers_of_a_group(capacity, scaling)
     # an elastic group takes up to its most; where not even one has room for that, one goes with less
-    return min(wanted, workers // scaling.max_workers or int(workers >= scaling.min_workers))
+    fit = workers_that_fit(capacity, scaling, free_only=True) // size if size else 0
+    return min(wanted, fit, trial_actors_that_fit(capacity, trial_actor_bytes))
 
 
-def _fit_on_gpus(gpus: float, per_worker: float) -> int:
-    """A share of a GPU is a share of one GPU: of three workers with 0.6 each, two GPUs hold two."""
-    if per_worker >= 1:
-        return math.floor(gpus / per_worker + _SLACK)
-    whole = math.floor(gpus + _SLACK)
-    return whole * math.floor(1 / per_worker + _SLACK) + math.floor((gpus - whole) / per_worker + _SLACK)
+def workers_of_a_group(capacity: Capacity, scaling: ScalingSpec) -> int:
+    """Workers that one group starts with beside what runs there now; 0 where it might wait for ever.
+
+    An elastic group asks for all that Ray sees a place for, up to its most, and gets no fewer where Ray sees too many.
+    """
+    asked = min(scaling.max_workers, workers_that_seem_to_fit(capacity, scaling))
+    fits = scaling.min_workers <= asked <= workers_that_fit(capacity, scaling, free_only=True)
+    return asked if fits else 0
+
+
+def workers_that_seem_to_fit(capacity: Capacity, scaling: ScalingSpec) -> int:
+    """Workers for which Ray's control plane sees a place now: it adds up the GPUs of a node."""
+    return sum(_places_on(node, Bundle.of_worker(scaling), free_only=True).seen for node in capacity.nodes)
+
+
+def trial_actors_that_fit(capacity: Capacity, trial_actor_bytes: int) -> int:
+    """Tune trials' actors over all nodes: each holds this much of one node's `memory` resource, and no CPU."""
+    known = [node.free_memory_bytes for node in capacity.nodes]
+    if not trial_actor_bytes or math.inf in known:
+        return sys.maxsize
+    return sum(int(free // trial_actor_bytes) for free in known)
+
+
+def nodes_too_small_for(data_bytes: int, capacity: Capacity, scaling: ScalingSpec) -> list[Node]:
+    """Nodes whose object store cannot hold the data, but that have to: the driver's, and any that may get a worker."""
+    worker = Bundle.of_worker(scaling)
+    return [
+        node
+        for node in capacity.nodes
+        if node.object_store_bytes < data_bytes
+        and (node.has_driver or _places_on(node, worker, free_only=True).seen > 0)
+    ]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Bundles on one node."""
+
+    real: int
+    seen: int
+    """As Ray's control plane counts them."""
+
+
+def _places_on(node: Node, bundle: Bundle, *, free_only: bool) -> _Places:
+    """The CPUs come in any parts; a share of a GPU is a share of one GPU, and more than one are whole ones."""
+    free_cpus, gpus = (node.free_cpus, _free_shares(node)) if free_only else (node.cpus, _shares(node.gpus))
+    by_cpu = round(free_cpus * _UNITS) // _units(bundle.cpus) if _units(bundle.cpus) else sys.maxsize
+    wanted = _units(bundle.gpus)
+    if not wanted:
+        return _Places(by_cpu, by_cpu)
+    seen = sum(gpus) // wanted
+    if wanted < _UNITS:
+        real = sum(share // wanted for share in gpus)
+    elif wanted % _UNITS:  # Ray has no worker with one GPU and a half
+        return _Places(0, 0)
+    else:
+        real = gpus.count(_UNITS) // (wanted // _UNITS)
+    return _Places(min(by_cpu, real), min(by_cpu, seen))
+
+
+def _free_shares(node: Node) -> list[int]:
+    if node.free_gpu_shares is None:
+        return _shares(node.free_gpus)
+    return [round(share * _UNITS) for share in node.free_gpu_shares]
+
+
+def _shares(gpus: float) -> list[int]:
+    whole, rest = divmod(round(gpus * _UNITS), _UNITS)
+    return [_UNITS] * whole + ([rest] if rest else [])
+
+
+def _units(asked: float) -> int:
+    """What is asked for, as Ray counts it: it cuts off what is finer, and adds nothing for a float's last digit."""
+    return int(asked * _UNITS)
 
 
 def local_capacity() -> Capacity:
@@ -107,14 +212,38 @@ def connected_capacity() -> Capacity:
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return Capacity(tuple(_node(node["Resources"], free.get(node["NodeID"], {})) for node in nodes))
+    replicas = _replicas_by_node()
+    here = ray.get_runtime_context().get_node_id()
+    return Capacity(
+        tuple(
+            _node(node["Resources"], free.get(node["NodeID"], {}), replicas[node["NodeID"]], node["NodeID"] == here)
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+    )
 
 
-def _node(resources: dict[str, float], free: dict[str, float]) -> Node:
+def _replicas_by_node() -> Counter[str]:
+    """Live replicas of Ray Serve, by the node they run on."""
+    from ray._private.state import actors
+    from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
+
+    alive: dict[str, dict[str, Any]] = actors(actor_state_name="ALIVE")
+    return Counter(
+        actor["Address"]["NodeID"]
+        for actor in alive.values()
+        if actor["Name"].startswith(REPLICA_ID_FULL_ID_STR_PREFIX)
+    )
+
+
+def _node(resources: dict[str, float], free: dict[str, float], replicas: int, has_driver: bool) -> Node:
     return Node(
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         free_cpus=free.get("CPU", 0.0),
         free_gpus=free.get("GPU", 0.0),
+        free_memory_bytes=free.get("memory", 0.0),
+        object_store_bytes=resources.get("object_store_memory", math.inf),
+        replicas=replicas,
+        has_driver=has_driver,
     )

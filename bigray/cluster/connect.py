@@ -94,7 +94,8 @@ def ensure_connected(address: str | None = None) -> Connection:
         return Connection(ray.get_runtime_context().gcs_address, embedded=False)
     keep_stdout_for_results()
     try:
-        context = ray.init(address=target or "local", **_init_options(embedded=target is None))
+        with contextlib.nullcontext() if target else without_services():
+            context = ray.init(address=target or "local", **_init_options(embedded=target is None))
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(f"{target or 'local'}: cannot connect to Ray: {_first_line(error)}") from error
     return Connection(context.address_info["gcs_address"], embedded=target is None)
@@ -123,6 +124,35 @@ def prepare_environment(*, joining: bool) -> None:
     Config.initialize("")  # Ray reads its variables when it is imported, which may have been before now
     # a thread that outlives its connection must not join whatever other cluster this machine runs
     auto_init_hook.enable_auto_connect = False
+
+
+def is_embedded() -> bool:
+    """True where this process is connected to a cluster that it has started itself."""
+    from ray._private import worker
+
+    return worker._global_node is not None and bool(worker._global_node.head)
+
+
+@contextlib.contextmanager
+def without_services() -> Iterator[None]:
+    """Have `ray.init` leave out what an embedded Ray has no use for: three seconds of a core at every start.
+
+    These are the dashboard, which without its pages reports usage alone, the autoscaler, and what carries the workers'
+    output to the driver. Ray 2.60 has no setting for them.
+    """
+    from ray._private.node import Node
+
+    def start_nothing(node: Any, **options: Any) -> None: ...
+
+    names = ("start_api_server", "start_monitor", "start_log_monitor")
+    originals = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, start_nothing)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Node, name, original)
 
 
 def keep_stdout_for_results() -> None:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bigray.cluster.capacity import Capacity, groups_that_fit, workers_that_fit
+from bigray.cluster.capacity import (
+    Bundle,
+    Capacity,
+    bundles_that_fit,
+    groups_that_fit,
+    nodes_too_small_for,
+    trial_actors_that_fit,
+    workers_of_a_group,
+    workers_that_fit,
+    workers_that_seem_to_fit,
+)
 from bigray.errors import CapacityError
 from bigray.specs import JobSpec, ScalingSpec
+
+STEP = 1e-4
+"""Ray counts resources in whole steps of this size."""
+
+
+LEG_ACTOR_BYTES = 64 * 2**20
+"""What the actor of a sweep's leg asks of the cluster's memory. Tune places nothing that asks for nothing, and every
+CPU may be held by the groups' workers, which must never wait for the legs that wait for them."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +66,33 @@ class Plan:
 
 
 def make_plan(
-    job: JobSpec, num_trials: int, rows: dict[str, int], capacity: Capacity, serve: ServeNeeds | None = None
+    job: JobSpec,
+    num_trials: int,
+    rows: dict[str, int],
+    capacity: Capacity,
+    serve: ServeNeeds | None = None,
+    *,
+    data_bytes: int = 0,
+    trial_actor_bytes: int = 0,
 ) -> Plan:
     """Fit a job to a cluster.
+
+    `data_bytes` is put into the object store once; `trial_actor_bytes` of memory is held by each Tune trial's actor
+    (0: no Tune). The endpoint starts when the groups have ended.
 
     Raises:
         CapacityError: it does not fit; with the numbers and the nearest thing that would.
     """
-    faults = [*_training_faults(job.scaling, capacity), *(_serve_faults(serve, capacity) if serve else [])]
+    faults = [
+        *_training_faults(job.scaling, capacity),
+        *_data_faults(data_bytes, job.scaling, capacity),
+        *_trial_actor_faults(trial_actor_bytes, capacity),
+        *(_serve_faults(serve, capacity) if serve else []),
+    ]
     if faults:
         raise CapacityError(faults)
-    groups = groups_that_fit(capacity, job.scaling, num_trials)
-    a_group = min(job.scaling.max_workers, workers_that_fit(capacity, job.scaling, free_only=True))
+    groups = groups_that_fit(capacity, job.scaling, num_trials, trial_actor_bytes=trial_actor_bytes)
+    a_group = workers_of_a_group(capacity, job.scaling)
     workers = groups * a_group
     return Plan(
         job=job.name,
@@ -80,37 +114,103 @@ def make_plan(
 
 
 def _training_faults(scaling: ScalingSpec, capacity: Capacity) -> list[str]:
+    if faults := _quantity_faults(scaling):
+        return faults
     asked = _describe(scaling)
     ever = workers_that_fit(capacity, scaling, free_only=False)
-    if ever < scaling.min_workers:
+    now = workers_that_fit(capacity, scaling, free_only=True)
+    # more may surely fit on the busy cluster: Ray overrates no node whose CPUs run out before its GPUs
+    if max(ever, now) < scaling.min_workers:
         nearest = (
             f"the most that fits is num_workers = {ever}" if ever else "not one worker of this size fits on any node"
         )
-        return [f"scaling.num_workers: {asked}, but the cluster has {_cluster(capacity)}; {nearest}"]
-    now = workers_that_fit(capacity, scaling, free_only=True)
+        hint = _share_hint(scaling, capacity, free_only=False)
+        return [f"scaling.num_workers: {asked}, but the cluster has {_cluster(capacity)}; {nearest}{hint}"]
     if now < scaling.min_workers:
         free = f"{capacity.free_cpus:g} CPUs and {capacity.free_gpus:g} GPUs are free"
         return [
             f"scaling.num_workers: {asked}, but only {free} of {_cluster(capacity)}; "
-            f"num_workers = {now} would start now" + ("" if now else " (none): wait, or end what runs there")
+            f"num_workers = {now} would start now"
+            + ("" if now else " (none): wait, or end what runs there")
+            + _share_hint(scaling, capacity, free_only=True)
+        ]
+    if not workers_of_a_group(capacity, scaling):
+        asked_for = min(scaling.max_workers, workers_that_seem_to_fit(capacity, scaling))
+        return [
+            f"scaling.num_workers: an elastic group would ask Ray for {asked_for} workers, but only {now} surely find "
+            f"a place; num_workers = [{scaling.min_workers}, {now}] would"
         ]
     return []
 
 
-def _serve_faults(serve: ServeNeeds, capacity: Capacity) -> list[str]:
-    # training has ended when the endpoint starts, so it only has to fit by itself
-    size = ScalingSpec(
-        num_workers=max(1, serve.min_replicas),
-        cpus_per_worker=max(serve.cpus_per_replica, 1e-3),
-        gpus_per_worker=serve.gpus_per_replica,
-    )
-    fit = workers_that_fit(capacity, size, free_only=False)
-    if fit >= size.min_workers:
+def _quantity_faults(scaling: ScalingSpec) -> list[str]:
+    """What Ray refuses, or takes for nothing, on a cluster of any size."""
+    faults = []
+    if scaling.cpus_per_worker < STEP:
+        faults.append(
+            f"scaling.cpus_per_worker: {scaling.cpus_per_worker:g} is too small, Ray counts steps of {STEP:g}"
+        )
+    gpus = scaling.gpus_per_worker
+    if 0 < gpus < STEP:
+        faults.append(f"scaling.gpus_per_worker: {gpus:g} is too small, Ray counts steps of {STEP:g}")
+    if gpus > 1 and gpus != int(gpus):
+        faults.append(f"scaling.gpus_per_worker: {gpus:g}: more than one GPU must be whole ones; use {math.ceil(gpus)}")
+    return faults
+
+
+def _share_hint(scaling: ScalingSpec, capacity: Capacity, *, free_only: bool) -> str:
+    """A share that leaves a rest of each GPU is what Ray miscounts: the next that does not, where it would fit."""
+    gpus = scaling.gpus_per_worker
+    if not 0 < gpus < 1:
+        return ""
+    even = math.floor(1 / STEP / math.floor(1 / gpus)) * STEP
+    whole_shares = scaling.model_copy(update={"gpus_per_worker": even})
+    if even == gpus or workers_that_fit(capacity, whole_shares, free_only=free_only) < scaling.min_workers:
+        return ""
+    return f"; Ray cannot place shares of {gpus:g} over several GPUs safely, gpus_per_worker = {even:g} would fit"
+
+
+def _data_faults(data_bytes: int, scaling: ScalingSpec, capacity: Capacity) -> list[str]:
+    small = nodes_too_small_for(data_bytes, capacity, scaling)
+    if not small:
         return []
+    least = min(node.object_store_bytes for node in small)
     return [
-        f"serve: {size.min_workers} replicas x {serve.cpus_per_replica:g} CPU, {serve.gpus_per_replica:g} GPU, "
-        f"but the cluster has {_cluster(capacity)}; the most that fits is {fit} replicas"
+        f"data: the training arrays have {_mb(data_bytes)}, but the object store of {len(small)} of "
+        f"{len(capacity.nodes)} nodes holds less, the smallest {_mb(least)}; start Ray there with "
+        f"--object-store-memory={data_bytes} or more, or use fewer rows"
     ]
+
+
+def _trial_actor_faults(trial_actor_bytes: int, capacity: Capacity) -> list[str]:
+    if trial_actors_that_fit(capacity, trial_actor_bytes) >= 1:
+        return []
+    most = max((node.free_memory_bytes for node in capacity.nodes), default=0.0)
+    return [
+        f"memory: a Tune trial's actor asks Ray for {_mb(trial_actor_bytes)}, but no node has more than {_mb(most)} "
+        "of its memory resource free: wait, or end what runs there"
+    ]
+
+
+def _serve_faults(serve: ServeNeeds, capacity: Capacity) -> list[str]:
+    """Training has ended when the endpoint starts; what others hold now may be held still.
+
+    The replicas that run now are taken over: a new version takes the place of the old one.
+    """
+    size = Bundle(serve.cpus_per_replica, serve.gpus_per_replica)
+    ever = bundles_that_fit(capacity, size, free_only=False)
+    now = capacity.replicas + bundles_that_fit(capacity, size, free_only=True)
+    asked = f"serve: {serve.min_replicas} replicas x {serve.cpus_per_replica:g} CPU, {serve.gpus_per_replica:g} GPU"
+    if max(ever, now) < serve.min_replicas:
+        return [f"{asked}, but the cluster has {_cluster(capacity)}; the most that fits is {ever} replicas"]
+    if now < serve.min_replicas:
+        free = f"{capacity.free_cpus:g} CPUs and {capacity.free_gpus:g} GPUs are free"
+        held = f" and {capacity.replicas} replicas run already" if capacity.replicas else ""
+        return [
+            f"{asked}, but only {free} of {_cluster(capacity)}{held}; {now} replicas would start: "
+            "wait, or end what runs there"
+        ]
+    return []
 
 
 def _describe(scaling: ScalingSpec) -> str:
@@ -127,3 +227,7 @@ def _describe(scaling: ScalingSpec) -> str:
 def _cluster(capacity: Capacity) -> str:
     nodes = f"{len(capacity.nodes)} node" + ("s" if len(capacity.nodes) != 1 else "")
     return f"{capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs on {nodes}"
+
+
+def _mb(size_bytes: float) -> str:
+    return f"{size_bytes / 2**20:,.1f} MiB"

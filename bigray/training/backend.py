@@ -2,7 +2,8 @@
 
 Train has a mode for backends whose workers outlive the loss of one of them (its torchft integration): it then replaces
 the lost worker alone, in its place, where it would otherwise restart the whole group. bigray's groups form their own
-process group among survivors and replacement (`process_group`), so Train sets up none.
+process group among survivors and replacement (`process_group`), so Train sets up none, and its controller, which is
+no `TorchConfig`'s, imports no torch.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.worker_group import ReplicaGroup
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class _ElasticBackend(_GroupBackend):
 
 
 @dataclass
-class GroupConfig(TorchConfig):  # type: ignore[misc]
+class GroupConfig(BackendConfig):  # type: ignore[misc]
     """Ray Train's settings of one worker group."""
 
     switchboard: Any = None

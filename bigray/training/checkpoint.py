@@ -10,6 +10,7 @@ More files are there where the training has more state (ema, samples, scaler). W
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigray.errors import StorageError
+from bigray.errors import StorageError, TrainingFailed
 from bigray.paths import RunPaths
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, read_files, read_manifest
@@ -39,9 +40,11 @@ __all__ = [
     "StateDict",
     "committed_steps",
     "load_checkpoint",
+    "load_epoch_end",
     "pack_optimizer",
     "read_checkpoint",
     "unpack_optimizer",
+    "weights_sha256",
 ]
 
 FORMAT = 2
@@ -215,6 +218,39 @@ def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], Non
             f"remove {folder} to train it from the start"
         ) from faults[0]
     return None
+
+
+def load_epoch_end(paths: RunPaths, trial: TrialSpec, epoch: int) -> Checkpoint:
+    """The newest committed checkpoint of exactly the end of an epoch (rank 0).
+
+    Raises:
+        TrainingFailed: there is none any more, or none yet.
+    """
+    found = []
+    for step in committed_steps(paths, trial.trial_id):
+        try:
+            checkpoint = read_checkpoint(paths, trial, step)
+        except StorageError:  # damaged: another one may do
+            continue
+        found.append(str(checkpoint.progress.epoch))
+        if (checkpoint.progress.epoch, checkpoint.progress.batch) == (epoch, 0) and not checkpoint.is_record:
+            return checkpoint
+    raise TrainingFailed(
+        f"{paths.storage.uri}/{paths.trial(trial.trial_id)}: no checkpoint of the end of epoch {epoch} to take over; "
+        f"there are those of epochs {', '.join(found) or 'none'}"
+    )
+
+
+def weights_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of a model's tensors, by name and by the bytes of their values: equal for equal weights anywhere."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(name.encode() + b"\0")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def committed_steps(paths: RunPaths, trial_id: str) -> list[int]:

@@ -43,7 +43,8 @@ class Consensus:
     def _send(self) -> None:
         wish = self._own_wish()
         # the largest of each: any rank's wish counts, and the slowest rank's pace (the least number of steps) rules
-        message = torch.tensor([float(wish.save), float(wish.stop), -self._steps_between()], dtype=torch.float64)
+        known = [float(wish.save), float(wish.stop), float(wish.rest), -self._steps_between()]
+        message = torch.tensor(known, dtype=torch.float64, device="cpu")
         self._sent = (message, dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group, async_op=True))
 
     def _receive(self) -> Wish:
@@ -51,9 +52,9 @@ class Consensus:
         message, work = self._sent
         work.wait()
         self._sent = None
-        save, stop, minus_steps = message.tolist()
+        save, stop, rest, minus_steps = message.tolist()
         self._steps_to_next = max(1, int(-minus_steps))
-        return Wish(save=save > 0, stop=stop > 0)
+        return Wish(save=save > 0, stop=stop > 0, rest=rest > 0)
 
     def _steps_between(self) -> float:
         now = time.monotonic()

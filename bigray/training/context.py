@@ -31,7 +31,7 @@ from bigray.errors import SpecError, TrainingFailed
 from bigray.models import build_model
 from bigray.models.resolve import load_factory
 from bigray.specs import TrainingSpec, TrialSpec
-from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict
+from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict, weights_sha256
 from bigray.training.loop import LoopHooks, TrialTraining, Worker
 from bigray.training.record import TrialRecord
 from bigray.training.replica import seed_generator
@@ -66,6 +66,11 @@ class LoopContext:
         self._first_epoch, self._until_epoch = 1, until_epoch
         self._batches_taken, self._rows_taken, self._rows_of_step = 0, 0, 0
         self._num_checks = 0
+        self._has_news = False
+        """A report has come since the last `should_stop` (rank 0)."""
+        self.is_resting = False
+        """Whether the call is to end here, at a report; as of the last `should_stop`."""
+        self._rest_is_due = False
         self._started_epoch_at = self._reported_at = time.perf_counter()
         self._epoch_s: float | None = None
         self.is_stopping = False
@@ -95,6 +100,11 @@ class LoopContext:
         """The trial's settings: `lr`, `batch_size` (over all workers) and the rest; which of them count is the loop's
         choice."""
         return self._trial.training
+
+    @property
+    def lr(self) -> float:
+        """The learning rate for this batch size: `spec.lr`, scaled where the job asks for it (`lr_scaling`)."""
+        return self._trial.training.scaled_lr
 
     @property
     def params(self) -> dict[str, Any]:
@@ -156,14 +166,16 @@ class LoopContext:
         seeds, num_steps = self.spec.seeds, steps_per_epoch(len(x), size)
         order = epoch_order(_or(seeds.order, self.seed), epoch - 1, len(x))
         for batch in range(skip, num_steps):
-            self._hooks.tick("forward")
+            self._hooks.tick("data")
             rows = global_batch(order, batch, size)
             share = worker_share(rows, worker.rank, worker.world_size)
             seed_generator(self.device, step_seed(_or(seeds.steps, self.seed), epoch - 1, batch, worker.rank))
             self._rows_of_step = len(rows)
             self._rows_taken += len(rows)
             self._batches_taken = (epoch - 1) * num_steps + batch + 1
-            yield torch.from_numpy(x[share]).to(self.device), torch.from_numpy(y[share]).to(self.device)
+            inputs, targets = torch.from_numpy(x[share]).to(self.device), torch.from_numpy(y[share]).to(self.device)
+            self._hooks.tick("loop")
+            yield inputs, targets
 
     def mean(self, losses: torch.Tensor) -> torch.Tensor:
         """Losses (rows,) of the newest batch's share -> the loss to call `backward` on.
@@ -192,8 +204,17 @@ class LoopContext:
             TrainingFailed: the selection metric is missing, a value is not a number, or `epoch` is below 1.
         """
         self._hooks.tick("report")
-        if not self._is_first:
-            return
+        if self._is_first:
+            self._report(metrics, epoch, step, model)
+        self._hooks.tick("loop")
+
+    def _report(
+        self,
+        metrics: Mapping[str, float],
+        epoch: int,
+        step: int | None,
+        model: nn.Module | Mapping[str, torch.Tensor] | None,
+    ) -> None:
         self._check_epoch(epoch, "report")
         training, record = self._training, self._training.record
         is_new_epoch = epoch != record.epoch
@@ -216,7 +237,7 @@ class LoopContext:
                 "ended": None,
             }
         )
-        self._rows_taken, self._reported_at = 0, now
+        self._rows_taken, self._reported_at, self._has_news = 0, now, True
 
     def save(
         self, *, epoch: int, model: nn.Module | Mapping[str, torch.Tensor], step: int | None = None, **extra: Any
@@ -234,8 +255,13 @@ class LoopContext:
         """
         self._hooks.tick("save")
         self.save_is_due = False
-        if not self._is_first:
-            return
+        if self._is_first:
+            self._save(epoch, model, step, extra)
+        self._hooks.tick("loop")
+
+    def _save(
+        self, epoch: int, model: nn.Module | Mapping[str, torch.Tensor], step: int | None, extra: dict[str, Any]
+    ) -> None:
         training, record = self._training, self._training.record
         step = self._step_of(epoch, step)
         state = {name: _state_of(value) for name, value in extra.items()}
@@ -261,7 +287,9 @@ class LoopContext:
 
     def restore(self) -> SavedState | None:
         """What was last saved, on every rank; None where this trial starts. Collective: call it first."""
+        self._hooks.tick("loading")
         saved = self._training.load_saved()
+        self._hooks.tick("loop")
         if saved is not None:
             self._first_epoch, self._batches_taken = saved.epoch + 1, saved.step
         return saved
@@ -269,17 +297,28 @@ class LoopContext:
     def should_stop(self) -> bool:
         """Whether to save and return now, the same on every rank: the workers are wanted back, or `patience` is over.
 
+        Where the run's budget is used up, it is so at the first call after a report: nothing is lost then.
+
         Collective, and cheap enough for every step. Every call on the context also tells that this worker is alive; a
         loop that makes none for `training.hang_timeout_s` is taken for a hanging one.
         """
         self._num_checks += 1
+        self._hooks.tick("report")
+        must_stop = self._must_stop()
+        self._hooks.tick("loop")
+        return must_stop
+
+    def _must_stop(self) -> bool:
         wish = self._hooks.exchange(self._num_checks)
         self.is_stopping, self.save_is_due = self.is_stopping or wish.stop, self.save_is_due or wish.save
+        self._rest_is_due = self._rest_is_due or wish.rest
+        has_news, self._has_news = self._has_news, False
         patience = self.spec.patience
-        if patience is None:
+        if patience is None and not self._rest_is_due:
             return self.is_stopping
-        is_stale: bool = self._training.of_rank_0(self._training.record.is_stale(patience))
-        return self.is_stopping or is_stale
+        is_stale = patience is not None and self._training.record.is_stale(patience)
+        is_stale, self.is_resting = self._training.of_rank_0((is_stale, self._rest_is_due and has_news))
+        return self.is_stopping or self.is_resting or is_stale
 
     def _numbers(self, metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
         try:
@@ -327,6 +366,18 @@ class LoopTraining:
         self._checkpoint: Checkpoint | None = None
         """The newest one on storage, where this worker has just read it."""
         self._shapes: dict[str, torch.Size] | None = None
+        self._num_parameters: int | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        if self._num_parameters is None:
+            self._num_parameters = sum(parameter.numel() for parameter in self._build_model().parameters())
+        return self._num_parameters
+
+    def weights_sha256(self) -> str:
+        """Of the weights that the loop is about to be given by `restore`."""
+        saved = None if self._checkpoint is None else self._checkpoint.tensors("model")
+        return weights_sha256(saved or {})
 
     def train_to(self, until_epoch: int) -> None:
         """Call the loop, which may train until `until_epoch` epochs are complete.
@@ -340,7 +391,9 @@ class LoopTraining:
         context = LoopContext(self, until_epoch)
         with _threads_as_found():
             _seed_everything(self.trial.seed)
+            self.hooks.tick("loop")
             train(context)
+        self.hooks.tick("report")
         fault = self._fault(context)
         progress = self.record.to_progress(self._ended(context))
         # the newest checkpoint is the one of the highest step
@@ -454,7 +507,7 @@ class LoopTraining:
             return "diverged"
         if done >= self.trial.training.epochs:
             return "finished"
-        if context.is_stopping or done >= context.epochs:
+        if context.is_stopping or context.is_resting or done >= context.epochs:
             return None
         return "stopped early"
 

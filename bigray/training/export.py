@@ -7,7 +7,6 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from bigray.errors import StorageError
 from bigray.models import build_model
 from bigray.paths import BUNDLE, RunPaths
 from bigray.specs import TrialSpec
+from bigray.training.answers import Exported
 from bigray.training.checkpoint import load_checkpoint
 from bigray.training.sharded import JoinedTensors
 from bigray.training.tensor_files import pack_tensors
@@ -25,14 +25,6 @@ from bigray.training.tensor_files import pack_tensors
 CHECKED_ROWS = 256
 TOLERANCE = 1e-4
 """Largest accepted |onnx - torch|, relative to the largest |output|."""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written."""
-
-    uri: str
-    why_no_onnx: str | None
 
 
 def export_bundle(paths: RunPaths, trial: TrialSpec, manifest: BundleManifest, sample: NDArray[np.float32]) -> Exported:

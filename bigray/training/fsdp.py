@@ -15,6 +15,8 @@ For the training loop:
 - The precision is in the module: no autocast around it.
 - No `DistributedDataParallel` around it, and `module.state_dict()` holds DTensors: only the functions here take it in
   and out.
+
+What torch has for it is imported in the functions: most trials do without, and it takes each worker a second of a core.
 """
 
 from __future__ import annotations
@@ -27,14 +29,13 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bigray.errors import BigrayError, StorageError, TrainingFailed
 from bigray.training.sharded import JoinedTensors, Shard
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     from bigray.training.loop import Worker
 
 StateDict = dict[str, torch.Tensor]
@@ -59,6 +60,9 @@ def shard_module(module: nn.Module, worker: Worker, precision: str = "fp32") -> 
         raise TrainingFailed(
             f"strategy 'fsdp': cannot cut parameter '{scalars[0]}' of shape (); give it shape (1,), or use 'ddp'"
         )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
     policy = _policy(precision)
     # fully_shard works on the rows of plain contiguous tensors
@@ -92,6 +96,8 @@ def local_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
 
 def local_parts(tensors: Mapping[str, torch.Tensor]) -> StateDict:
     """This rank's part of each cut tensor; what is not cut, on rank 0 only."""
+    from torch.distributed.tensor import DTensor
+
     keeps_whole = dist.get_rank() == 0
     parts = {}
     for name, tensor in tensors.items():
@@ -119,6 +125,8 @@ def load_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, files: Map
 
 def load_into(tensors: Mapping[str, torch.Tensor], files: Mapping[str, bytes], stem: str) -> None:
     """Fill tensors, cut or whole, from the files of one stem; collective, and otherwise as `load_tensors`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     source: JoinedTensors | None = None
 
     def open_source() -> None:
@@ -156,10 +164,14 @@ def full_tensors(tensors: Mapping[str, torch.Tensor]) -> StateDict:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A DTensor gathered, any other tensor as it is. Collective for the first."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _policy(precision: str, output: torch.dtype | None = None) -> MixedPrecisionPolicy:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     if precision not in _LOW_PRECISION:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=_LOW_PRECISION[precision], reduce_dtype=torch.float32, output_dtype=output)

@@ -1,6 +1,6 @@
 """Worker groups as the driver sees them: start, lend out, end.
 
-A group is one Ray Train run (`TorchTrainer`) whose workers stay up and train trial after trial; Ray Train places them
+A group is one Ray Train run (`GroupTrainer`) whose workers stay up and train trial after trial; Ray Train places them
 and replaces one that dies.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import tempfile
 import threading
 import time
@@ -30,7 +31,7 @@ from bigray.training.switchboard import Switchboard, ask
 STOP_TIMEOUT_S = 20.0
 HOLD_TIMEOUT_S = 20.0
 """For the checkpoints that are committed when the driver is told to end."""
-LETTING_GO_S = 5.0
+LETTING_GO_S = 15.0
 """For the driver's threads when it is told to end: Ray ends the process on the spot, with exit code 1, where a thread
 still uses the connection that is being closed."""
 DRAIN_WATCH_EVERY_S = 1.0
@@ -38,7 +39,11 @@ RESIZE_EVERY_S = 5.0
 """How often an elastic group looks whether the cluster has changed (Ray: 60 s)."""
 SPARE_DELAY_S = 15.0
 """A short run does without a spare process: starting one would slow it more than it can save."""
-MAX_CONTROLLERS = 100
+SPARE_WATCH_EVERY_S = 0.5
+MAX_CONTROLLERS = 10
+"""Deaths in a row, of Ray Train's controller or of workers while they start, before a group is given up."""
+SETTLED_AFTER_S = 60.0
+"""A controller that lasted this long begins a new row."""
 MAX_STARTS = 3
 """Attempts to place a group before it is given up."""
 MAX_ELASTIC_STARTS = 1000
@@ -55,7 +60,7 @@ class WorkerGroups:
 
 
 def preload() -> threading.Thread:
-    """Import what the driver needs of Ray Train and Tune (seconds, torch among it) while Ray's processes start.
+    """Import what the driver needs of Ray Train and Tune (a second) while Ray's processes start.
 
     Call it after `prepare_environment`: Ray Train and Tune read some variables when they are imported.
 
@@ -63,7 +68,7 @@ def preload() -> threading.Thread:
     """
 
     def load() -> None:
-        for module in ("ray.train.torch", "ray.tune"):
+        for module in ("bigray.training.trainer", "ray.tune"):
             importlib.import_module(module)
 
     thread = threading.Thread(target=load, name="preload", daemon=True)
@@ -91,6 +96,8 @@ def open_groups(
         paths=paths,
         attempt=attempt,
         threads_per_worker=max(1, int(scaling.cpus_per_worker)),
+        isolate=scaling.isolate,
+        max_rss_gb=scaling.max_rss_gb,
     )
     is_over = threading.Event()
     with tempfile.TemporaryDirectory(prefix="bigray-train-", ignore_cleanup_errors=True) as scratch:
@@ -128,23 +135,36 @@ def _start_thread(name: str, work: Callable[..., None], *arguments: Any) -> thre
 def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: threading.Event) -> None:
     """One group's whole life (a driver thread; `fit` blocks until its workers leave the command loop).
 
-    Ray Train's controller may die too, and its workers with it: they are started again under another one.
+    Where Ray Train's controller dies too, or gives up over a worker's death, the workers start again under another one.
     """
-    message = f"worker group {setup.group} ended: Ray Train's controller died {MAX_CONTROLLERS} times"
-    for number in range(MAX_CONTROLLERS):
+    num_deaths = 0
+    for number in itertools.count():
+        began = time.monotonic()
         try:
             _make_trainer(setup, scaling, f"{scratch}/{number}").fit()
             message = "the worker group was stopped"
-        except RayActorError as error:
-            if not is_over.is_set():
-                _free_places_of(error.actor_id)
-                continue
-            message = "the run is over"
+            break
         except Exception as error:  # whatever ends the run must reach those who wait for the group
-            message = f"worker group {setup.group} ended: {last_line(error)}"
-        break
+            num_deaths = 1 if time.monotonic() - began > SETTLED_AFTER_S else num_deaths + 1
+            if is_over.is_set() or num_deaths >= MAX_CONTROLLERS or not is_a_death(error):
+                message = f"worker group {setup.group} ended: {last_line(error)}"
+                break
+            if isinstance(error, RayActorError):
+                _free_places_of(error.actor_id)
     with contextlib.suppress(ray.exceptions.RayError):  # the switchboard is gone when the whole run is being ended
         ray.get(setup.switchboard.group_ended.remote(setup.group, message))
+
+
+def is_a_death(error: Exception) -> bool:
+    """Whether `fit` failed because a process died: the controller, or a worker while Ray Train was placing another.
+
+    A group for which there is no place is not among them: its controller has tried `MAX_STARTS` times.
+    """
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    return isinstance(cause, RayActorError | WorkerGroupStartupFailedError)
 
 
 def _free_places_of(actor_id: str | None) -> None:
@@ -165,21 +185,16 @@ def _free_places_of(actor_id: str | None) -> None:
 
 def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
 
     from bigray.training.backend import GroupConfig
-    from bigray.training.worker import run_worker
+    from bigray.training.entry import run_worker
+    from bigray.training.trainer import GroupTrainer
 
-    trainer = TorchTrainer(
+    trainer = GroupTrainer(
         run_worker,
         train_loop_config={"setup": setup},
         scaling_config=_scaling_config(scaling),
-        torch_config=GroupConfig(
-            backend="nccl" if scaling.gpus_per_worker > 0 else "gloo",
-            switchboard=setup.switchboard,
-            group=setup.group,
-            is_elastic=scaling.is_elastic,
-        ),
+        backend_config=GroupConfig(setup.switchboard, setup.group, scaling.is_elastic),
         run_config=RunConfig(
             # Train keeps no checkpoint of ours: this folder holds only its own bookkeeping
             name=f"group-{setup.group}",
@@ -229,20 +244,28 @@ def _watch_drains(switchboard: Any, is_over: threading.Event) -> None:
 
 def _keep_spare(setup: GroupSetup, is_over: threading.Event) -> None:
     """Start a spare process for a run that lasts (a driver thread): its imports are seconds of a core."""
-    from bigray.training.worker import SpareWorker
+    from bigray.training.entry import Spare
 
     try:
         ray.get(setup.switchboard.all_seated.remote())
         if is_over.wait(SPARE_DELAY_S):
             return
-        spare = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(SpareWorker).remote()
+        spare = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Spare).remote()
         while not is_over.is_set():
             with contextlib.suppress(Preempted):
-                ask(spare.serve.remote(setup))
+                _ask_until(is_over, spare.serve.remote(setup))
                 return
             is_over.wait(SPARE_DELAY_S)  # its node is going away, and it is restarted on another
     except ray.exceptions.RayError:  # it has served its time, or the run is being ended
         return
+
+
+def _ask_until(is_over: threading.Event, reference: Any) -> None:
+    """As `ask`, but no longer than the run: a spare that is still starting would hold up its end."""
+    while not is_over.is_set():
+        if ray.wait([reference], timeout=SPARE_WATCH_EVERY_S)[0]:
+            ask(reference)
+            return
 
 
 def _hold_all(switchboard: Any) -> None:

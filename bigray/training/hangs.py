@@ -18,6 +18,8 @@ SILENT_AFTER_S = 15.0
 """A worker that was heard every second and then not for this long is stopped, or its node cannot be reached."""
 STUCK_AFTER_S = 20.0
 """A worker that beats but makes no progress is named after this long."""
+LOADING_TIMEOUT_S = 120.0
+"""The least that a worker has for its first imports, the model and the checkpoint, whatever the timeout of a step."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def find_hangs(
     least = min((beat.num_steps, beat.num_ticks) for beat in suspects.values())
     for member, beat in suspects.items():
         if (beat.num_steps, beat.num_ticks) == least:
-            must_end = beat.since_tick_s > hang_timeout_s
+            timeout_s = max(hang_timeout_s, LOADING_TIMEOUT_S) if beat.phase == "loading" else hang_timeout_s
+            must_end = beat.since_tick_s > timeout_s
             yield Hang(member, seated.index(member), beat, beat.since_tick_s, is_silent=False, must_end=must_end)
 
 

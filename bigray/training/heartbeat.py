@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -35,6 +35,8 @@ class Beat:
     since_tick_s: float
     stack: str
     """The innermost frames of the training thread, outermost first, in one line."""
+    command: int = 0
+    """Serial of the command under way: a wish to rest is for that one alone."""
 
 
 class Heartbeat:
@@ -44,6 +46,7 @@ class Heartbeat:
         """`hang_up` is called once, in this thread, when the generation is broken."""
         self.wish = Wish()
         self._hang_up = hang_up
+        self._command = 0
         self._switchboard, self._group, self._member = switchboard, group, member
         self._num_steps, self._num_ticks, self._phase, self._ticked_at = 0, 0, "idle", time.monotonic()
         self._training_thread = threading.get_ident()
@@ -59,6 +62,11 @@ class Heartbeat:
         self._phase = phase
         self._ticked_at = time.monotonic()
 
+    def begin(self, command: int) -> None:
+        """A command begins, by its serial; what the last one was asked to do at its next epoch's end is over."""
+        self._command = command
+        self.wish = replace(self.wish, rest=False)
+
     def end(self) -> None:
         """Stop beating."""
         self._ended.set()
@@ -66,14 +74,16 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL_S):
             with contextlib.suppress(ray.exceptions.RayError):  # the switchboard is gone: the run is being ended
-                self.wish = ray.get(self._switchboard.beat.remote(self._group, self._member, self._beat()))
-                if self.wish.leave:
+                beat = self._beat()
+                wish: Wish = ray.get(self._switchboard.beat.remote(self._group, self._member, beat))
+                self.wish = replace(wish, rest=wish.rest and beat.command == self._command)
+                if wish.leave:
                     self._hang_up()
                     return
 
     def _beat(self) -> Beat:
         waited_s = 0.0 if self._phase == "idle" else time.monotonic() - self._ticked_at
-        return Beat(self._num_steps, self._num_ticks, self._phase, waited_s, self._stack())
+        return Beat(self._num_steps, self._num_ticks, self._phase, waited_s, self._stack(), self._command)
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._training_thread)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -30,14 +30,15 @@ from bigray.data.batches import (
     worker_share,
 )
 from bigray.data.dataset import TrainingArrays
-from bigray.errors import TrainingFailed
+from bigray.errors import OutOfMemory, TrainingFailed
 from bigray.specs import TrialSpec
 from bigray.training import fsdp
 from bigray.training.batchnorm import uncounted_rows
-from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict
+from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict, weights_sha256
 from bigray.training.commands import Wish
 from bigray.training.exact import ExactGradients
 from bigray.training.optimization import lr_factor
+from bigray.training.out_of_memory import is_out_of_memory
 from bigray.training.replica import Replica, seed_generator
 from bigray.training.samples import Counts, SampleLedger, lost_and_repeated
 from bigray.training.sharded import Shard
@@ -58,7 +59,10 @@ class LoopHooks(Protocol):
     """What the loop tells and asks of the process it runs in."""
 
     def tick(self, phase: str) -> None:
-        """This rank begins "forward", "backward", "step" or "validation". Cheap: called several times a step."""
+        """This rank begins "data", "forward", "backward", "step", "report", "validation" or "save".
+
+        Cheap: called several times a step. The time up to the next mark is the phase's (`stopwatch.PARTS`).
+        """
 
     def exchange(self, step: int) -> Wish:
         """After each optimizer step, on every rank; the answer is the same on all."""
@@ -95,6 +99,8 @@ class TrialTraining:
         self._steps_per_epoch = steps_per_epoch(self._num_rows, spec.batch_size)
         self._task = load_task(spec, num_outputs, data.y_train)
         self._validation = Validation(self._task, num_outputs, data, worker.device)
+        self._is_resting = False
+        """An end of this call was wished for at the end of the epoch."""
         self._begin()
 
     def _begin(self) -> None:
@@ -123,6 +129,19 @@ class TrialTraining:
         return now
 
     @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._steps_per_epoch
+
+    def weights_sha256(self) -> str:
+        """Of the weights in the module now (`checkpoint.weights_sha256`); with fsdp collective, and rank 0's counts."""
+        state = self.module.state_dict()
+        return weights_sha256(fsdp.full_tensors(state) if self._replica.is_sharded else state)
+
+    @property
     def has_buffers(self) -> bool:
         """Whether a step cut short by the loss of a peer may have changed the state: `restore` then, after `rebuild`.
 
@@ -134,12 +153,16 @@ class TrialTraining:
     def train_to(self, until_epoch: int) -> None:
         """Train until `until_epoch` epochs are complete, the trial ends before, or the hooks wish to stop.
 
-        Returns with everything agreed that a `snapshot` of this moment needs.
+        A wish to rest ends the call with the epoch under way. Returns with everything agreed that a `snapshot` of this
+        moment needs.
         """
         self._replica.connect()
-        while self._record.ended is None and self._record.epoch < until_epoch:
+        self._is_resting = False
+        while self._record.ended is None and self._record.epoch < until_epoch and not self._is_resting:
+            self.hooks.tick("data")
             if not self._train_epoch():
                 break
+        self.hooks.tick("report")
         self._agree_on_totals()
 
     def _train_epoch(self) -> bool:
@@ -149,6 +172,7 @@ class TrialTraining:
         order = epoch_order(self._order_seed, self._record.epoch, self._num_rows)
         replica.train()
         for batch in range(self._batch, self._steps_per_epoch):
+            self.hooks.tick("data")
             rows = global_batch(order, batch, spec.batch_size)
             weight = total_weight(self._task, self.data.y_train[rows])
             if replica.exact is None:
@@ -157,7 +181,8 @@ class TrialTraining:
                 loss = self._exact_gradients(replica.exact, batch, rows, weight)
             self.hooks.tick("step")
             rate = lr_factor(spec.schedule, self._step, spec.epochs * self._steps_per_epoch)
-            fault = replica.take_step(loss, rate * self._record.lr_scale)
+            with self._naming_the_rows():
+                fault = replica.take_step(loss, rate * self._record.lr_scale)
             if fault is not None:
                 self._on_non_finite(f"step {self._step + 1}: {fault} is not finite")
                 return True
@@ -166,16 +191,18 @@ class TrialTraining:
             num_samples += len(rows)
             self._batch, self._step = batch + 1, self._step + 1
 
+            self.hooks.tick("report")
             wish = self.hooks.exchange(self._step)
+            self._is_resting = self._is_resting or wish.rest
             # the last step's checkpoint waits for the validation that belongs to it; who must go waits for nothing
             save_at_end = wish.save and self._batch == self._steps_per_epoch
             if wish.save and (wish.stop or not save_at_end):
-                self._save()
+                self.save()
             if wish.stop:
                 return False
         self._end_epoch(num_samples, started)
         if save_at_end and self._record.ended is None:
-            self._save()
+            self.save()
         return True
 
     def _gradients(self, batch: int, rows: IndexArray, weight: float) -> torch.Tensor:
@@ -217,20 +244,45 @@ class TrialTraining:
                 return self._pass(batch_rows[:2], batch_rows, 0.0, batch, part, micro)
         if scale:
             self._ledger.load(rows)
-        self.hooks.tick("forward")
+        self.hooks.tick("data")
         seed_generator(self.worker.device, step_seed(self._steps_seed, self._record.epoch, batch, part, micro))
-        x, y = self._load(self.data.x_train, rows), self._load(self.data.y_train, rows)
+        with self._naming_the_rows():
+            x, y = self._load(self.data.x_train, rows), self._load(self.data.y_train, rows)
+        self.hooks.tick("forward")
 
         def compute_losses(outputs: torch.Tensor) -> torch.Tensor:
             losses = sample_losses(self._task, outputs, y)
             self.hooks.tick("backward")
             return losses
 
-        return self._replica.forward_and_backward(x, compute_losses, scale)
+        with self._naming_the_rows():
+            return self._replica.forward_and_backward(x, compute_losses, scale)
+
+    @contextlib.contextmanager
+    def _naming_the_rows(self) -> Iterator[None]:
+        """Where there is no memory inside the block, the error says how many rows the largest forward pass has."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = self._largest_pass()
+            line = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise OutOfMemory(f"out of memory in a forward pass of up to {rows} rows: {line}", rows) from error
+
+    def _largest_pass(self) -> int:
+        """Rows of the largest forward pass in training, over all ranks."""
+        spec = self._spec
+        rows = np.arange(min(spec.batch_size, self._num_rows), dtype=np.int64)
+        num_parts = spec.logical_shards if spec.exact else self.worker.world_size
+        share = (rows_of_shard if spec.exact else worker_share)(rows, 0, num_parts)
+        num_passes = math.ceil(len(share) / (spec.micro_batch_size or len(share)))
+        return math.ceil(len(share) / num_passes)
 
     def _end_epoch(self, num_samples: int, started: float) -> None:
         """Add up what the ranks counted, validate where it is due, decide whether the trial has ended, and report."""
         spec = self._spec
+        self.hooks.tick("report")
         train_s = time.perf_counter() - started
         train_loss = float(self._total_loss()) / total_weight(self._task, self.data.y_train)
         lost, repeated = lost_and_repeated(self._ledger.total(self.worker))
@@ -245,6 +297,7 @@ class TrialTraining:
         is_last, fault = after.epoch >= spec.epochs, None
         if is_last or after.epoch % spec.val_every == 0:
             metrics = self.evaluate()
+            self.hooks.tick("save")
             fault = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
             after = self._record_validation(after, metrics) if fault is None else after
         if is_last:
@@ -254,6 +307,7 @@ class TrialTraining:
         self._record, self._batch = after, 0
         self._ledger.reset()
         self._loss_sum.zero_()
+        self.hooks.tick("report")
         if fault is not None:
             self._on_non_finite(f"step {self._step}: {fault} is not finite")
         else:
@@ -339,8 +393,9 @@ class TrialTraining:
         with self._replica.evaluating():
             return self._validation.measure(forward, self.worker, same_passes=self._replica.is_sharded)
 
-    def _save(self) -> None:
-        """Have a checkpoint of this moment made (every rank)."""
+    def save(self) -> None:
+        """Have a checkpoint of this moment made, between two steps (every rank)."""
+        self.hooks.tick("save")
         self._agree_on_totals()
         if self.worker.rank == 0 or self._replica.is_sharded:
             self.hooks.on_checkpoint(self.snapshot)

@@ -50,7 +50,7 @@ def make_optimizer(spec: TrainingSpec, module: nn.Module) -> torch.optim.Optimiz
         raise SpecError(faults)
     if not named:
         raise TrainingFailed("the model has no parameters to train")
-    arguments = {**_arguments(spec), **_fused(spec, named.values())}
+    arguments = {**_arguments(spec), "lr": spec.scaled_lr, **_fused(spec, named.values())}
     optimizer: torch.optim.Optimizer = _optimizer_class(spec)(_groups(spec, named), **arguments)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -272,7 +272,7 @@ def _groups(spec: TrainingSpec, named: dict[str, nn.Parameter]) -> list[dict[str
     groups = []
     for (number, exempt), parameters in sorted(members.items(), key=lambda item: item[0]):
         rule = rules[number]
-        group: dict[str, Any] = {"params": parameters, "lr": spec.lr * rule.lr_scale}
+        group: dict[str, Any] = {"params": parameters, "lr": spec.scaled_lr * rule.lr_scale}
         if exempt:
             group["weight_decay"] = 0.0
         elif rule.weight_decay is not None:

@@ -11,7 +11,6 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,20 +18,13 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from bigray.training.answers import Address as Address
 from bigray.training.membership import Place
 
 FORMING_TIMEOUT_S = 20.0
 """A member that dies while the group forms holds up the others for this long."""
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Of a collective in training, where ranks may wait for the slowest; who hangs is found by other means long before."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where rank 0 keeps the store through which the ranks find each other."""
-
-    host: str
-    port: int
 
 
 @contextlib.contextmanager

@@ -37,6 +37,8 @@ class RunRequest:
     """The search spec as JSON; None for plain training."""
     extended_to: int | None = None
     """Trials in all, where a finished sweep is to be extended."""
+    run_name: str | None = None
+    """The run to go on with, where it is not the one that `run_id` names."""
 
     @property
     def proposes(self) -> bool:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from bigray.errors import OutOfMemory, TrainingFailed
+from bigray.errors import GroupLost, OutOfMemory, TrainingFailed
 from bigray.results import Leaderboard
 from bigray.specs import JobSpec, TrialSpec
 from bigray.training.commands import Event, TrainTo, TrialState
@@ -73,7 +73,7 @@ def train_alone(switchboard: Any, key: str, command: TrainTo) -> tuple[TrialStat
     Returns the state, None where the trial failed, and the events that tell of it, for the journal.
 
     Raises:
-        StorageError: no other trial will fare better.
+        GroupLost, StorageError: no other trial will fare better.
     """
     try:
         return _state_of(command, *ask(switchboard.work.remote(key, command)))
@@ -85,6 +85,8 @@ def train_alone(switchboard: Any, key: str, command: TrainTo) -> tuple[TrialStat
         retried = Event("retried", command.trial.trial_id, {"error": str(error), "micro_batch_size": rows})
         state, events = train_alone(switchboard, f"{key}-{rows}-rows", replace(command, trial=smaller))
         return state, [retried, *events]
+    except GroupLost:
+        raise
     except TrainingFailed as error:
         return None, [Event("failed", command.trial.trial_id, {"error": str(error)})]
 

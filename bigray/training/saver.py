@@ -29,6 +29,9 @@ class CheckpointSaver:
     def __init__(self, paths: RunPaths, trial: TrialSpec, attempt: int, on_saved: Callable[[int], None]) -> None:
         self._paths, self._trial, self._attempt, self._on_saved = paths, trial, attempt, on_saved
         self._resumed_from: int | None = None
+        self._kept: int | None = None
+        self._since_kept: list[int] = []
+        """Steps saved since, oldest first (the saver's thread)."""
         self._free: queue.SimpleQueue[SnapshotBuffers] = queue.SimpleQueue()
         for _ in range(MAX_SNAPSHOTS):
             self._free.put(SnapshotBuffers())
@@ -40,6 +43,13 @@ class CheckpointSaver:
         """Tell which checkpoint was loaded: newer ones are damaged, and not counted among those to keep (no write is
         under way)."""
         self._resumed_from = step
+
+    def keep(self, step: int | None) -> None:
+        """Keep the checkpoint of this step, where a command begins, as one of `keep.last` until the next such call.
+
+        Another trial may take it over (population based training): what is saved in between makes room for itself.
+        """
+        self._kept, self._since_kept = step, []
 
     def has_room(self) -> bool:
         """False while two snapshots are in memory: a timed checkpoint is then left out rather than waited for."""
@@ -99,7 +109,8 @@ class CheckpointSaver:
         self._waiting.task_done()
 
     def _write(self, snapshot: Snapshot) -> None:
-        stale = self._steps_gone_back_behind()
+        step = snapshot.progress.step
+        stale = [*self._steps_gone_back_behind(), *self._to_make_room(step)]
         try:
             save_snapshot(self._paths, self._trial, self._attempt, snapshot, stale)
         except DiskFull:
@@ -107,6 +118,7 @@ class CheckpointSaver:
                 raise
             save_snapshot(self._paths, self._trial, self._attempt, snapshot, stale)
         self._resumed_from = None
+        self._since_kept.append(step)
         if snapshot.shard is None or snapshot.shard.rank == 0:
             self._on_saved(snapshot.progress.step)
 
@@ -115,3 +127,10 @@ class CheckpointSaver:
         if self._resumed_from is None:
             return ()
         return [step for step in committed_steps(self._paths, self._trial.trial_id) if step > self._resumed_from]
+
+    def _to_make_room(self, step: int) -> list[int]:
+        """Saved since the checkpoint that is kept, and not among the newest any more once `step` is."""
+        if self._kept is None or self._kept == step:
+            return []
+        num_newer = max(1, self._trial.training.keep.last - 1)
+        return [earlier for earlier in self._since_kept if earlier not in (self._kept, step)][: 1 - num_newer or None]

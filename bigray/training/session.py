@@ -22,11 +22,11 @@ import ray
 from bigray.bundle import BundleManifest, FactorySpec, Origin
 from bigray.cluster.capacity import connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
-from bigray.cluster.plan import make_plan
+from bigray.cluster.plan import LEG_ACTOR_BYTES, make_plan
 from bigray.errors import TrainingFailed
 from bigray.journal import Journal, read_journal
 from bigray.paths import RUN_FILE, RunPaths
-from bigray.ranking import rank, training_wall_s, trial_results
+from bigray.ranking import rank, searched_names, slots, training_wall_s, trial_results
 from bigray.results import Finalist, Leaderboard, TrialResult
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, open_storage
@@ -98,9 +98,7 @@ def run_trials(
     return board
 
 
-def _run_attempt(
-    request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths, judge: Judge | None
-) -> None:
+def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths, judge: Judge | None) -> None:
     job = request.job
     plan = _plan(request, connected_capacity())
     paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
@@ -127,11 +125,19 @@ def _run_attempt(
 
 
 def _plan(request: RunRequest, capacity: Any) -> Any:
-    return make_plan(request.job, request.num_trials, request.dataset.num_rows, capacity)
+    return make_plan(
+        request.job,
+        request.num_trials,
+        request.dataset.num_rows,
+        capacity,
+        trial_actor_bytes=LEG_ACTOR_BYTES if request.search is not None else 0,
+    )
 
 
 def _run_paths(request: RunRequest, *, new: bool) -> RunPaths:
     root = open_storage(request.job.storage)
+    if request.run_name is not None:
+        return RunPaths(root.child(request.run_name), request.run_name)
     run_id, number = request.run_id, 1
     while new and root.exists(run_id):
         number += 1
@@ -156,9 +162,7 @@ def known_trials(request: RunRequest, events: Iterable[Mapping[str, Any]]) -> tu
     return tuple(found.values())
 
 
-def _tell_start(
-    request: RunRequest, paths: RunPaths, events: Sequence[Mapping[str, Any]], listener: Listener
-) -> None:
+def _tell_start(request: RunRequest, paths: RunPaths, events: Sequence[Mapping[str, Any]], listener: Listener) -> None:
     trials = known_trials(request, events)
     values: dict[str, Any] = {"run": paths.run_id, "folder": paths.storage.uri, "trials": trials}
     values["total"] = max(len(trials), request.num_trials)
@@ -216,8 +220,7 @@ def make_board(
 ) -> Leaderboard:
     """The results of a run, as its journal has them."""
     metric, mode = _selection(request)
-    results = trial_results(known_trials(request, events), events)
-    attempts = [event for event in events if event["kind"] == "attempt"]
+    results = trial_results(known_trials(request, events), events, searched_names(request.search))
     return Leaderboard(
         run_id=paths.run_id,
         run_uri=paths.storage.uri,
@@ -227,7 +230,7 @@ def make_board(
         bundle=paths.bundle,
         wall_s=wall_s,
         finalists=judge(results, events) if judge is not None else (),
-        slots=max((event["plan"]["groups"] for event in attempts), default=1),
+        slots=slots(events),
         training_wall_s=training_wall_s(events),
     )
 

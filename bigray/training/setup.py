@@ -22,3 +22,6 @@ class GroupSetup:
     paths: RunPaths
     attempt: int
     threads_per_worker: int
+    isolate: bool = False
+    """`scaling.isolate`; as `max_rss_gb`."""
+    max_rss_gb: float | None = None

@@ -19,10 +19,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from bigray.errors import BigrayError, Preempted, StorageError, TrainingFailed
-from bigray.training.commands import Command, Event, Stop, TrainTo, Wish
+from bigray.specs import TrialSpec
+from bigray.training.commands import Command, Event, ExportBundle, ProbeStack, Stop, TrainStack, TrainTo, Wish
 from bigray.training.hangs import Hang, find_hangs, kill_process
 from bigray.training.heartbeat import Beat
 from bigray.training.membership import Member, Place, Roster
+from bigray.training.recycling import subjects
 
 HEARTBEAT_S = 20.0
 """A waiting group wakes this often, so that no collective of an idle group nears its time limit."""
@@ -62,10 +64,31 @@ class _Group:
     last_loss: str = ""
     """Who was lost last, and how."""
     ended: str | None = None
+    must_rest: bool = False
+    """The command under way is to end with its epoch."""
+    last_trials: frozenset[str] = frozenset()
+    """Of its newest command: they may still be in the memory of its workers."""
 
     @property
     def trial_id(self) -> str:
+        """Of the trial that the command is about; empty where it is about several."""
         return getattr(getattr(self.command[1], "trial", None), "trial_id", "") if self.command else ""
+
+    @property
+    def charged(self) -> str:
+        """Under which name the deaths of its workers count: a trial's, or that of work for several."""
+        command = self.command[1] if self.command else None
+        if isinstance(command, TrainStack):
+            return command.name
+        return f"probe of {self.trial_id}" if isinstance(command, ProbeStack) else self.trial_id
+
+    @property
+    def trained(self) -> TrialSpec | None:
+        """The trial, or the first of those, that the command trains; None where it trains none."""
+        command = self.command[1] if self.command else None
+        if isinstance(command, TrainStack):
+            return command.lanes[0].trial
+        return command.trial if isinstance(command, TrainTo | ProbeStack) else None
 
     @property
     def is_stopping(self) -> bool:
@@ -85,6 +108,9 @@ class Switchboard:
         self._storage_failure: StorageError | None = None
         self._free = deque(range(num_groups))
         self._lease_changed = asyncio.Condition()
+        self._works: dict[str, asyncio.Task[tuple[int, float, Any]]] = {}
+        """By their key: under way, or done."""
+        self._offers: dict[int, Any] = {}
         self._changed = asyncio.Condition()
         """Notified when a generation begins, breaks, knows its store or yields, or a command comes or ends."""
         self._events: list[Event] = []
@@ -107,12 +133,71 @@ class Switchboard:
             TrainingFailed: every group has ended.
             StorageError: as for `check_storage`.
         """
+        return await self._take(frozenset())
+
+    async def _take(self, trials: frozenset[str]) -> int:
         await self.check_storage()
         async with self._lease_changed:
             await self._lease_changed.wait_for(lambda: self._free or all(g.ended for g in self._groups))
             if not self._free:
                 raise TrainingFailed(f"no worker group is left: {self._groups[0].ended}")
-            return self._free.popleft()
+            return self._pick(trials)
+
+    def _pick(self, trials: frozenset[str]) -> int:
+        """Of the free groups one that has just trained these trials, else the one that has been free the longest.
+
+        One that waits for a worker is the last choice.
+        """
+        ready = [group for group in self._free if not self._groups[group].roster.is_broken] or self._free
+        group = next((group for group in ready if trials & self._groups[group].last_trials), ready[0])
+        self._free.remove(group)
+        return group
+
+    async def work(self, key: str, command: Command) -> tuple[int, float, Any]:
+        """Have a free group carry out a command; returns the group, how long it was waited for, and the result.
+
+        Called again with the same key, it joins what is under way, or returns the same outcome: whoever asked may be
+        killed and ask again, and never holds a group. An outcome is kept for as long as the run lasts, an error too:
+        what is to be tried again needs another key.
+
+        Raises:
+            TrainingFailed: as for `lease` and `execute`; the group is free again.
+            StorageError: as for `check_storage`.
+        """
+        if key not in self._works:
+            self._works[key] = asyncio.get_running_loop().create_task(self._work(command))
+        return await asyncio.shield(self._works[key])
+
+    async def _work(self, command: Command) -> tuple[int, float, Any]:
+        loop = asyncio.get_running_loop()
+        asked_at = loop.time()
+        group = await self._take(subjects(command))
+        try:
+            waited_s = loop.time() - asked_at
+            if not isinstance(command, ExportBundle | ProbeStack):
+                for trial_id in sorted(subjects(command)):
+                    self._tell(Event("started", trial_id, {"group": group}))
+            return group, waited_s, await self.execute(group, command)
+        finally:
+            await self.release(group)
+
+    async def offer(self, number: int, work: Any) -> None:
+        """Lay something down under a number (driver), for whoever carries it out to take up."""
+        self._offers[number] = work
+        await self._notify()
+
+    async def offered(self, number: int) -> Any:
+        """What was laid down under a number (Tune's actors); waits for it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number in self._offers)
+        return self._offers[number]
+
+    async def rest_all(self) -> int:
+        """Have every group that trains end its command with the epoch under way (driver); returns how many do."""
+        training = [it for it in self._groups if it.trained is not None and it.result is not None]
+        for it in training:
+            it.must_rest = True
+        return len(training)
 
     async def release(self, group: int) -> None:
         """Give a group back."""
@@ -133,6 +218,7 @@ class Switchboard:
         result = asyncio.get_running_loop().create_future()
         serial = next(self._serials)
         it.command, it.result, it.last_loss = (serial, command), (serial, result), ""
+        it.must_rest, it.last_trials = False, subjects(command)
         await self._notify()
         return await result
 
@@ -238,6 +324,22 @@ class Switchboard:
         roster = self._groups[group].roster
         return () if roster.is_broken else roster.seated
 
+    async def workers_on(self, node_id: str) -> int:
+        """Workers of all groups on a node (worker)."""
+        return sum(member.node_id == node_id for it in self._groups for member in it.roster.seated)
+
+    async def recycle(self, group: int, member: Member, why: str) -> None:
+        """A worker is about to end so that a fresh process takes its seat; nobody's trial is charged (that worker)."""
+        it = self._groups[group]
+        if not it.roster.is_seated(member):
+            return
+        it.is_excused = True
+        values = {"rank": it.roster.seated.index(member), "pid": member.pid, "why": why}
+        self._tell(Event("recycled", "", values))
+        it.beats.pop(member.key, None)
+        it.roster.lose(member)
+        await self._reseat(it)
+
     async def publish(self, group: int, generation: int, address: Any) -> None:
         """Where the store of a generation is (its rank 0)."""
         it = self._groups[group]
@@ -262,7 +364,9 @@ class Switchboard:
         it = self._groups[group]
         if it.roster.is_seated(member):
             it.beats[member.key] = (asyncio.get_running_loop().time(), beat)
-        return replace(it.wish, leave=not it.roster.is_seated(member) or it.roster.is_broken)
+        must_rest = it.must_rest and it.command is not None and it.command[0] == beat.command
+        leave = not it.roster.is_seated(member) or it.roster.is_broken
+        return replace(it.wish, rest=must_rest, leave=leave)
 
     async def yielded(self, group: int) -> None:
         """The group has committed a checkpoint and left training, as it was asked to (rank 0)."""
@@ -277,7 +381,7 @@ class Switchboard:
         whether a checkpoint was committed; at once where nothing is being trained.
         """
         it = self._groups[group]
-        if it.command is None or not isinstance(it.command[1], TrainTo):
+        if it.trained is None:
             return False
         it.is_held = True
         return await self._ask_to_yield(it, timeout_s)
@@ -321,6 +425,7 @@ class Switchboard:
     def _settle(self, it: _Group, *, result: Any = None, failure: BigrayError | None = None) -> None:
         if not it.is_stopping:
             it.command = None
+        it.must_rest = False
         _, waiting = it.result or (0, None)
         it.result = None
         if waiting is None or waiting.done():
@@ -381,8 +486,8 @@ class Switchboard:
         self._tell(Event("regrouped", it.trial_id, values))
         if it.command is None or it.is_excused:
             return
-        self._num_deaths[it.trial_id] += 1
-        num_deaths = self._num_deaths[it.trial_id]
+        self._num_deaths[it.charged] += 1
+        num_deaths = self._num_deaths[it.charged]
         if num_deaths > self._max_failures:
             text = f"its workers died {num_deaths} times, more than scaling.max_failures = {self._max_failures}"
             last = f"; the last, {it.last_loss}" if it.last_loss else ""
@@ -425,7 +530,7 @@ class Switchboard:
 
     async def _ask_to_yield(self, it: _Group, timeout_s: float) -> bool:
         """Have the current generation commit a checkpoint and leave; whether it did. The others go before rank 0."""
-        if it.command is None or not isinstance(it.command[1], TrainTo):
+        if it.trained is None:
             return False
         if it.roster.is_broken or not it.roster.seated:
             return False
@@ -483,9 +588,9 @@ class Switchboard:
             if loop.time() - began > 2 * WATCH_EVERY_S:  # we were stopped ourselves; the beats are still in the queue
                 continue
             for it in self._groups:
-                if it.command is None or not isinstance(it.command[1], TrainTo):
+                if it.trained is None:
                     continue
-                limit_s = it.command[1].trial.training.hang_timeout_s
+                limit_s = it.trained.training.hang_timeout_s
                 beats = {m: it.beats[m.key] for m in it.roster.seated if m.key in it.beats}
                 for hang in find_hangs(it.roster.seated, beats, loop.time(), limit_s):
                     await self._deal_with(it, hang)

@@ -7,12 +7,13 @@ milliseconds of another process group.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -21,24 +22,42 @@ import torch.distributed as dist
 from ray.exceptions import RayActorError
 
 from bigray.data.dataset import TrainingArrays
-from bigray.errors import BigrayError, StorageError, TrainingFailed
+from bigray.errors import BigrayError, OutOfMemory, StorageError, TrainingFailed
+from bigray.results import Ledger
 from bigray.specs import TrialSpec
 from bigray.training.allocator import keep_freed_memory
 from bigray.training.batch_finder import resolve_batch_size
-from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, load_checkpoint
-from bigray.training.commands import Command, Event, ExportBundle, Stop, TrainTo, Wish
-from bigray.training.consensus import Consensus
+from bigray.training.checkpoint import Checkpoint, Snapshot, SnapshotBuffers
+from bigray.training.commands import (
+    Command,
+    Event,
+    ExportBundle,
+    Lane,
+    Probe,
+    ProbeStack,
+    Stop,
+    TakeOver,
+    TrainStack,
+    TrainTo,
+    TrialState,
+)
 from bigray.training.context import LoopTraining, make_training
 from bigray.training.export import export_bundle
 from bigray.training.heartbeat import Heartbeat
+from bigray.training.isolation import CleanState, seed_everything
+from bigray.training.lanes import beginnings_of, read_trial, save_as_own, states_of
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.membership import Member, Place
+from bigray.training.memory import host_memory
 from bigray.training.process_group import Address, broadcast_object, process_group
+from bigray.training.recycling import must_be_fresh, rss_limit_bytes, subjects
 from bigray.training.reporting import Reporter
-from bigray.training.saver import CheckpointSaver
 from bigray.training.setup import GroupSetup
+from bigray.training.stopwatch import Stopwatch
 from bigray.training.switchboard import ask
 from bigray.training.tensor_files import pack_tensors
+from bigray.training.trial_hooks import LiveTrial, StackHooks, TrialHooks, source_of, taken_over
+from bigray.training.usage import Meter, Usage, private_rss_bytes
 
 REJOIN_PAUSE_S = 0.1
 """After a process group that could not be formed."""
@@ -90,6 +109,7 @@ def _serve(setup: GroupSetup, group: int | None, member: Member, device: torch.d
     """
     keep_freed_memory()
     torch.set_num_threads(setup.threads_per_worker)
+    seed_everything()
     # DDP warns once for every process about matters of ours that are deliberate; errors still raise
     logging.getLogger("torch").setLevel(logging.ERROR)
     _import_what_is_imported_late()
@@ -112,6 +132,13 @@ class _Process:
         self.data: TrainingArrays = ray.get(setup.data)
         self.reporter = Reporter(lambda events: ray.get(self.board.push_all.remote(events)))
         self.live: LiveTrial | None = None
+        self.has_trained: frozenset[str] = frozenset()
+        """The trials that this process had a part in."""
+        self.clean = CleanState()
+        # what is here now stays: a collection between two trials looks at what they left, and takes a millisecond
+        gc.collect()
+        gc.freeze()
+        self.fresh_rss_bytes = private_rss_bytes()
 
     def take_seat(self, group: int | None) -> tuple[int, Place] | None:
         """Wait for a seat; None where the run is over."""
@@ -125,6 +152,7 @@ class _Process:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
             with process_group(place, backend, self._publisher(group, place), self._looker(group, place)) as hang_up:
+                self.clean.note_group()
                 self._carry_out_commands(setup, worker, place, hang_up)
         except GenerationBroken:
             pass
@@ -132,6 +160,8 @@ class _Process:
             if not is_about_a_peer(error):
                 raise
             time.sleep(REJOIN_PAUSE_S)
+        if self.live is None:  # the failed trial's frames are gone only now
+            free_memory(self.device)
 
     def _carry_out_commands(self, setup: GroupSetup, worker: Worker, place: Place, hang_up: Callable[[], None]) -> None:
         heartbeat = Heartbeat(self.board, setup.group, self.member, hang_up)
@@ -147,6 +177,15 @@ class _Process:
         if self.live is not None:
             self.live.end()
         self.live = None
+
+    def clean_up(self) -> list[str]:
+        """Let go of the trial in memory and put back what it may have changed; returns the threads it left running."""
+        self.forget()
+        free_memory(self.device)
+        left = self.clean.threads_left()
+        self.clean.restore()
+        self.clean.note_threads()
+        return left
 
     def close(self) -> None:
         """End the threads."""
@@ -167,79 +206,6 @@ class _Process:
         return look_up
 
 
-class LiveTrial:
-    """A trial in this process's memory, with the thread that writes its checkpoints."""
-
-    def __init__(self, asked: TrialSpec, training: TrialTraining | LoopTraining, hooks: TrialHooks) -> None:
-        self.asked, self.training, self.hooks = asked, training, hooks
-        """`asked`: the trial as it was commanded; in `training.trial` an "auto" batch size is a number."""
-
-    def settle(self) -> None:
-        """Let the checkpoint under way be committed: who goes on looks for the newest."""
-        with contextlib.suppress(BigrayError):  # told already, or the next save tells
-            self.hooks.saver.wait()
-
-    def end(self) -> None:
-        """End the thread."""
-        self.hooks.saver.close()
-
-
-class TrialHooks:
-    """The training loop's side of one generation: heartbeat, agreement with the other ranks, checkpoints, reports."""
-
-    def __init__(self, loop: _CommandLoop, trial: TrialSpec) -> None:
-        self._loop, self._trial = loop, trial
-        self.saver = CheckpointSaver(loop.setup.paths, trial, loop.setup.attempt, self._report_saved)
-        self.saved: Progress | None = None
-        """Progress of the newest checkpoint on storage, or on its way there."""
-        self.was_stopped = False
-        self._consensus = Consensus(loop.worker.world_size, loop.control, self._own_wish)
-        self._saved_at = time.monotonic()
-
-    def tick(self, phase: str) -> None:
-        self._loop.heartbeat.tick(phase)
-
-    def exchange(self, step: int) -> Wish:
-        wish = self._consensus.at_step()
-        self.was_stopped = self.was_stopped or wish.stop
-        return wish
-
-    def on_epoch(self, report: dict[str, Any]) -> None:
-        self._loop.push("epoch", self._trial, report)
-
-    def on_checkpoint(self, take: Callable[[SnapshotBuffers], Snapshot]) -> None:
-        def take_and_note(buffers: SnapshotBuffers) -> Snapshot:
-            snapshot = take(buffers)
-            self.saved = snapshot.progress
-            return snapshot
-
-        self.saver.submit(take_and_note)
-        self._saved_at = time.monotonic()
-
-    def restore_last(self) -> Checkpoint | None:
-        if self._loop.is_first:
-            self.saver.wait()
-        checkpoint: Checkpoint | None = self._loop.from_rank_0(
-            lambda: load_checkpoint(self._loop.setup.paths, self._trial, warn=self.warn)
-        )
-        if checkpoint is not None:
-            self.saved = checkpoint.progress
-            self.saver.go_on_from(checkpoint.progress.step)
-        return checkpoint
-
-    def warn(self, text: str) -> None:
-        self._loop.push("warning", self._trial, {"text": text})
-
-    def _own_wish(self) -> Wish:
-        """What this rank knows of: what the switchboard asks for, and on rank 0 that a checkpoint is due."""
-        asked = self._loop.heartbeat.wish
-        is_due = self._loop.is_first and time.monotonic() - self._saved_at >= self._trial.training.checkpoint_every_s
-        return Wish(save=asked.save or (is_due and self.saver.has_room()), stop=asked.stop)
-
-    def _report_saved(self, step: int) -> None:
-        self._loop.push("checkpoint", self._trial, {"step": step})
-
-
 class _CommandLoop:
     """The commands of one generation, on one rank."""
 
@@ -251,7 +217,10 @@ class _CommandLoop:
         # control messages are Python objects: they go over gloo even where the gradients go over NCCL
         self.control = dist.new_group(backend="gloo") if worker.device.type == "cuda" else None
         self.heartbeat = heartbeat
+        self.stopwatch = Stopwatch()
+        self._meter = Meter(worker.device)
         self._process, self._place, self._board = process, place, setup.switchboard
+        self._rss_limit: int | None = None
         self._is_new = True
         """No trial was trained in this generation yet: what is in memory is of the one before."""
 
@@ -268,16 +237,28 @@ class _CommandLoop:
             serial, command = assigned
             if isinstance(command, Stop):
                 return
+            self._leave_if_used(command)
             self._carry_out(serial, command)
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
         """Call `make` on rank 0 and give its result to every rank."""
         return broadcast_object(make() if self.is_first else None, 0, self.worker.world_size, self.control)
 
+    def of_all_ranks(self, value: Any) -> list[Any]:
+        """`value` of each rank, on every rank."""
+        values = [value] * self.worker.world_size
+        if self.worker.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def push(self, kind: str, trial: TrialSpec, values: dict[str, Any]) -> None:
         """Report from rank 0; never waits."""
         if self.is_first:
-            self._process.reporter.push(Event(kind, trial.trial_id, values))
+            self.push_own(Event(kind, trial.trial_id, values))
+
+    def push_own(self, event: Event) -> None:
+        """Report from whichever rank this is."""
+        self._process.reporter.push(event)
 
     def _next_command(self) -> tuple[int, Command] | None:
         """Wait for the next command (rank 0). Without a switchboard the run is over, and nobody will send one."""
@@ -288,11 +269,19 @@ class _CommandLoop:
             return (0, Stop())
         return command
 
-    def _carry_out(self, serial: int, command: TrainTo | ExportBundle) -> None:
+    def _carry_out(self, serial: int, command: Command) -> None:
+        self.heartbeat.begin(serial)
+        self.stopwatch.restart("start")
+        self._meter.reset()
+        self._process.has_trained |= subjects(command)
         try:
-            result = self._train(command) if isinstance(command, TrainTo) else self._export(command)
-            self.heartbeat.tick("idle")
+            result = self._do(command)
+            self.stopwatch.mark("report")
             self._process.reporter.flush()
+            ranks: list[tuple[Usage, int]] = self.of_all_ranks((self._meter.read(), self._limit()))
+            if isinstance(result, TrialState):
+                result = replace(result, ledger=self._ledger(Usage.of_group([used for used, _ in ranks]), len(ranks)))
+            self.heartbeat.tick("idle")
         except GenerationBroken:
             raise
         except Exception as error:
@@ -302,39 +291,123 @@ class _CommandLoop:
             raise GenerationBroken from None
         if self.is_first:
             ray.get(self._board.complete.remote(self.setup.group, serial, result))
+        if any(used.rss_bytes > limit for used, limit in ranks):
+            self._leave_if_large([limit for _, limit in ranks])
+
+    def _do(self, command: Command) -> Any:
+        if isinstance(command, TrainTo):
+            return self._train(command)
+        if isinstance(command, TrainStack):
+            return self._train_stack(command)
+        if isinstance(command, ProbeStack):
+            return self._probe(command)
+        assert isinstance(command, ExportBundle)
+        return self._export(command)
+
+    def _ledger(self, used: Usage, num_gpus: int, num_trials: int = 1) -> Ledger:
+        """Of the command up to now, by this rank's clock; in equal shares where it trained several trials."""
+        read = self.stopwatch.read()
+        num_gpus = num_gpus if self.worker.device.type == "cuda" else 0
+        whole = replace(read, cpu_s=used.cpu_s, gpu_s=num_gpus * read.wall_s)
+        seconds = {name: value / num_trials for name, value in asdict(whole).items() if name.endswith("_s")}
+        return Ledger(**seconds, peak_rss_bytes=used.peak_rss_bytes, peak_gpu_bytes=used.peak_gpu_bytes)
+
+    # processes that make room for fresh ones
+
+    def _leave_if_used(self, command: Command) -> None:
+        """With `isolate`: processes that have trained another trial end before this command, which waits for others."""
+        if not self.setup.isolate:
+            return
+        is_used = must_be_fresh(True, command, self._process.has_trained)
+        self._leave([rank for rank, used in enumerate(self.of_all_ranks(is_used)) if used], "scaling.isolate")
+
+    def _leave_if_large(self, limits: Sequence[int]) -> None:
+        """After a command: a process that keeps too much memory, also without its trial, makes room for another."""
+        self._process.clean_up()
+        kept: list[int] = self.of_all_ranks(private_rss_bytes())
+        large = [rank for rank, rss in enumerate(kept) if rss > limits[rank]]
+        self._leave(large, f"its memory is {kept[self.worker.rank] / 1e9:.2f} GB after a command")
+
+    def _limit(self) -> int:
+        """Resident memory that this rank may have; worked out once."""
+        if self._rss_limit is None:
+            on_node = 1
+            if self.setup.max_rss_gb is None:
+                on_node = ray.get(self._board.workers_on.remote(self._process.member.node_id))
+            fresh, node = self._process.fresh_rss_bytes, host_memory().limit_bytes
+            self._rss_limit = rss_limit_bytes(self.setup.max_rss_gb, node, on_node, fresh)
+        return self._rss_limit
+
+    def _leave(self, ranks: Sequence[int], why: str) -> None:
+        """These ranks' processes end, and fresh ones take their seats; the others come back for the next generation.
+
+        Raises:
+            GenerationBroken: on the others, where there are such ranks.
+        """
+        if not ranks:
+            return
+        if self.worker.rank in ranks:
+            self._process.forget()
+            self._process.reporter.flush()
+            ray.get(self._board.recycle.remote(self.setup.group, self._process.member, why))
+            os._exit(0)  # a thread cannot end its process otherwise; nothing is left that anybody needs
+        raise GenerationBroken
+
+    # one trial
 
     def _train(self, command: TrainTo) -> Any:
-        live = self._live_trial(command.trial)
+        live = self._live_trial(command)
         training, hooks = live.training, live.hooks
+        begins_at = training.progress
+        hooks.saver.keep(
+            begins_at.step if begins_at.step and not begins_at.batch and begins_at == hooks.saved else None
+        )
         training.train_to(command.epoch)
+        self.stopwatch.mark("save")
         if training.progress != hooks.saved and (self.is_first or command.trial.training.strategy == "fsdp"):
             hooks.on_checkpoint(training.snapshot)
         hooks.saver.wait()
         if hooks.was_stopped:
-            if self.is_first:
-                self._process.reporter.flush()
-                ray.get(self._board.yielded.remote(self.setup.group))
-            raise GenerationBroken
-        return training.progress.to_state()
+            self._yield()
+        state = replace(training.progress.to_state(), micro_batch_size=command.trial.training.micro_batch_size)
+        return replace(state, num_parameters=training.num_parameters) if self.is_first else state
 
-    def _live_trial(self, trial: TrialSpec) -> LiveTrial:
+    def _yield(self) -> None:
+        """The group was asked to leave its seats; whoever sits there next is handed this command again."""
+        if self.is_first:
+            self._process.reporter.flush()
+            ray.get(self._board.yielded.remote(self.setup.group))
+        raise GenerationBroken
+
+    def _live_trial(self, command: TrainTo) -> LiveTrial:
         """This trial in memory: still there from the command before, gone on with after a loss, or loaded."""
+        trial = command.trial
         is_new, self._is_new = self._is_new, False
         live = self._process.live
         if live is not None and live.asked == trial and not is_new:
             return live
         self.heartbeat.tick("loading")
         survivor = live.training if live is not None and live.asked == trial else None
-        self._process.forget()  # let the previous trial's memory go before the next one takes its own
+        if survivor is None:
+            self._begin_clean(trial)
+        else:
+            self._process.forget()
         hooks = TrialHooks(self, trial)
-        live = LiveTrial(trial, self._recovered(trial, survivor, hooks), hooks)
+        live = LiveTrial(trial, self._recovered(command, survivor, hooks), hooks)
         self._process.live = live
         return live
 
+    def _begin_clean(self, trial: TrialSpec | None) -> None:
+        """Let the previous trial's memory and traces go before the next one begins."""
+        for name in self._process.clean_up():
+            text = f"pid {os.getpid()}: a trial before left thread '{name}' running; see scaling.isolate"
+            self.push_own(Event("warning", "" if trial is None else trial.trial_id, {"text": text}))
+
     def _recovered(
-        self, trial: TrialSpec, survivor: TrialTraining | LoopTraining | None, hooks: TrialHooks
+        self, command: TrainTo, survivor: TrialTraining | LoopTraining | None, hooks: TrialHooks
     ) -> TrialTraining | LoopTraining:
         """The trial brought to where it was: from a survivor's memory where that is sound, else from storage."""
+        trial = command.trial
         source = self._source(survivor)
         resolved = self._with_batch_size(trial)  # every rank takes part
         if source is None or survivor is None:
@@ -343,13 +416,49 @@ class _CommandLoop:
             training = survivor
             training.hooks = hooks
             training.rebuild(self.worker)
-        checkpoint = hooks.restore_last() if source is None else self._state_of(source, training)
-        if checkpoint is not None:
+        checkpoint = self._from_storage(command, hooks) if source is None else self._state_of(source, training)
+        if checkpoint is None and command.take_over is not None:
+            self._take_over(command.take_over, trial, training)
+        elif checkpoint is not None:
             training.restore(checkpoint)
+            if source is None and checkpoint.progress != hooks.saved:  # out of a stack
+                self._save_beginning(training)
             progress = training.progress
             values = {"epoch": progress.epoch, "step": progress.step, "ended": progress.ended}
             self.push("resumed", trial, {**values, "from": "storage" if source is None else "memory"})
         return training
+
+    def _from_storage(self, command: TrainTo, hooks: TrialHooks) -> Checkpoint | None:
+        """The newest state of the trial: its own checkpoint, or its lane of a stack where that is further."""
+        own = hooks.restore_last()
+        if command.take_over is not None and own is not None and own.progress.epoch < command.take_over.epoch:
+            return None
+        if command.stack is None:
+            return own
+        stack, trial = command.stack, command.trial
+        lane: Checkpoint = self.from_rank_0(lambda: read_trial(self.setup, stack, trial))
+        return lane if own is None or own.progress.step < lane.progress.step else own
+
+    def _take_over(self, take_over: TakeOver, trial: TrialSpec, training: TrialTraining | LoopTraining) -> None:
+        """Begin with another trial's weights, optimizer state and past, and this trial's own settings."""
+        found = source_of(self, take_over)
+        if isinstance(training, LoopTraining) and not _share_a_batch_size(trial, take_over.source):
+            raise TrainingFailed(f"{training.name}: cannot take over a trial of another global_batch_size")
+        # a loop of one's own counts its steps itself
+        steps_per_epoch = None if isinstance(training, LoopTraining) else training.steps_per_epoch
+        progress = taken_over(found.progress, training.trial, steps_per_epoch)
+        training.restore(replace(found, progress=progress))
+        sha256 = training.weights_sha256()  # of what is in the module now, not of the file
+        values = {"source": take_over.source.trial_id, "epoch": take_over.epoch, "sha256": sha256}
+        self.push("exploited", trial, values)
+        self._save_beginning(training)
+
+    def _save_beginning(self, training: TrialTraining | LoopTraining) -> None:
+        """Commit as its own what the trial was given: from here on it needs nobody else's."""
+        if isinstance(training, TrialTraining):
+            training.save()
+        elif self.is_first:
+            training.hooks.on_checkpoint(training.snapshot)
 
     def _with_batch_size(self, trial: TrialSpec) -> TrialSpec:
         return resolve_batch_size(
@@ -359,10 +468,7 @@ class _CommandLoop:
     def _source(self, survivor: TrialTraining | LoopTraining | None) -> int | None:
         """The rank whose memory the others copy: the furthest; None where nobody's is both sound and complete."""
         mine = None if survivor is None else recoverable_step(survivor)
-        if self.worker.world_size == 1:
-            return None if mine is None else 0
-        steps: list[int | None] = [None] * self.worker.world_size
-        dist.all_gather_object(steps, mine, group=self.control)
+        steps: list[int | None] = self.of_all_ranks(mine)
         known = [step for step in steps if step is not None]
         return steps.index(max(known)) if known else None
 
@@ -371,15 +477,74 @@ class _CommandLoop:
         state: Checkpoint = broadcast_object(mine, source, self.worker.world_size, self.control)
         return state
 
+    # stacks
+
+    def _train_stack(self, command: TrainStack) -> list[TrialState] | None:
+        """This rank's lanes; on rank 0 the states of all, in the command's order."""
+        self._begin_clean(None)
+        rank, size = self.worker.rank, self.worker.world_size
+        done: list[TrialState] | None = self.from_rank_0(lambda: states_of(self.setup, command))
+        if done is not None:
+            return done
+        states = self._train_lanes(command, command.lanes[rank::size]) if command.lanes[rank::size] else []
+        self._process.reporter.flush()
+        of_ranks: list[list[TrialState]] = self.of_all_ranks(states)
+        return [of_ranks[number % size][number // size] for number in range(len(command.lanes))]
+
+    def _train_lanes(self, command: TrainStack, lanes: Sequence[Lane]) -> list[TrialState]:
+        from bigray.training.stack import StackedTraining
+        from bigray.training.stack_checkpoint import save_stack
+
+        self.heartbeat.tick("loading")
+        trials = [lane.trial for lane in lanes]
+        hooks = StackHooks(self, trials)
+        training = StackedTraining(trials, self._process.data, self.setup.num_outputs, self.worker, hooks)
+        training.restore(beginnings_of(self.setup, lanes, hooks.warn))
+        if not training.train_to(command.epoch):
+            self._yield()
+        self.stopwatch.mark("save")
+        save_stack(self.setup.paths, command.name, self.worker.rank, self.setup.attempt, training)
+        ledger = self._ledger(self._meter.read(), 1, len(lanes))
+        states = [progress.to_state() for progress in training.progresses()]
+        return [replace(state, ledger=ledger, num_parameters=training.num_parameters) for state in states]
+
+    def _probe(self, command: ProbeStack) -> Probe:
+        """Every rank measures at the same time; rank 0's answer counts."""
+        from bigray.training.stack import why_not_stacked
+        from bigray.training.stack_probe import time_steps_alone, time_steps_stacked
+
+        self._begin_clean(command.trial)
+        self.heartbeat.tick("loading")
+        trial, data, outputs = command.trial, self._process.data, self.setup.num_outputs
+        why_not: str | None = self.from_rank_0(lambda: why_not_stacked(trial, data, outputs, self.worker.device))
+        if why_not is not None:
+            return Probe(0.0, None, why_not)
+        alone_s = time_steps_alone(trial, data, outputs, self.worker)
+        return Probe(alone_s, time_steps_stacked(trial, data, outputs, self.worker, command.num_lanes))
+
     def _export(self, command: ExportBundle) -> Any:
+        self._begin_clean(command.trial)
         if not self.is_first:
             return None
         self.heartbeat.tick("export")
+        if command.stack is not None:
+            save_as_own(self.setup, command.stack, command.trial)
         exported = export_bundle(self.setup.paths, command.trial, command.manifest, self._process.data.x_val)
         if exported.why_no_onnx:
             text = f"no model.onnx, the endpoint will load the factory: {exported.why_no_onnx}"
             self.push("warning", command.trial, {"text": text})
         return exported
+
+
+def _share_a_batch_size(one: TrialSpec, other: TrialSpec) -> bool:
+    return one.training.global_batch_size == other.training.global_batch_size
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a trial held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def recoverable_step(training: TrialTraining | LoopTraining) -> int | None:
@@ -411,7 +576,7 @@ def is_about_a_peer(error: Exception) -> bool:
 
 def _as_failure(error: Exception) -> BigrayError:
     """The error as the driver is to raise it: bigray's own as they are, others in one line with the user's place."""
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError | OutOfMemory):
         return error
     return TrainingFailed(_describe(error))
 

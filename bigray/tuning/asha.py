@@ -38,6 +38,8 @@ class Asha:
         """By index: trials with other `epochs` have the same rungs but for the last."""
         self._trials: dict[str, TrialSpec] = {}
         self._ready: deque[Advance] = deque()
+        self._has_finished = False
+        """Whether a trial has come to its last epoch."""
 
     def begin(self, trial: TrialSpec) -> Advance:
         self._trials[trial.trial_id] = trial
@@ -49,7 +51,8 @@ class Asha:
         reached = [index for index, epoch in enumerate(epochs) if epoch <= outcome.epoch]
         index = reached[-1] if reached else 0  # one that failed counts where it began
         if index == len(epochs) - 1:
-            return  # its last: nothing to be promoted to
+            self._has_finished = True
+            return
         rung = self._rungs.setdefault(index, _Rung())
         key = (badness(outcome.value, self._mode), outcome.loss, trial.trial_id)
         insort(rung.results, key)
@@ -61,7 +64,15 @@ class Asha:
         return self._ready.popleft() if self._ready else None
 
     def close(self) -> None:
-        pass
+        """Of a rung with few results nobody is the best third: the best that has come the furthest trains to its end.
+
+        Whoever wins has then been trained as long as the job asks for.
+        """
+        if self._has_finished:
+            return
+        furthest = max((index for index, rung in self._rungs.items() if rung.waiting), default=None)
+        if furthest is not None:
+            self._promote_best(furthest, self._rungs[furthest])
 
     def _epochs(self, trial: TrialSpec) -> tuple[int, ...]:
         return milestones(self._grace, self._factor, trial.training.epochs)
@@ -69,5 +80,8 @@ class Asha:
     def _promote(self, index: int, rung: _Rung) -> None:
         """Those among the best 1/factor of their rung: the best that waits tells whether there is any."""
         while rung.waiting and bisect_left(rung.results, rung.waiting[0]) < len(rung.results) // self._factor:
-            trial = self._trials[heapq.heappop(rung.waiting)[2]]
-            self._ready.append(Advance(trial, self._epochs(trial)[index + 1], is_promotion=True))
+            self._promote_best(index, rung)
+
+    def _promote_best(self, index: int, rung: _Rung) -> None:
+        trial = self._trials[heapq.heappop(rung.waiting)[2]]
+        self._ready.append(Advance(trial, self._epochs(trial)[index + 1], is_promotion=True))

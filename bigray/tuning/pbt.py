@@ -7,6 +7,7 @@ is in the `exploited` events.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
 from typing import Any, Literal
@@ -95,7 +96,13 @@ class Pbt:
         if generator.random() < self._search.pbt.resample_probability:
             return draw(values, generator)
         if values.choice is not None:
-            place = values.choice.index(value) + int(generator.choice([-1, 1]))
+            here = next(place for place, choice in enumerate(values.choice) if _as_json(choice) == _as_json(value))
+            place = here + int(generator.choice([-1, 1]))
             return values.choice[min(max(place, 0), len(values.choice) - 1)]
         low, high = values.uniform or values.log_uniform or (value, value)
         return rounded(value * float(generator.choice(PERTURBATIONS)), low, high)
+
+
+def _as_json(value: Any) -> str:
+    """A specification keeps as a tuple what the file has as a list."""
+    return json.dumps(value, sort_keys=True)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from bigray.cluster.plan import LEG_ACTOR_BYTES
+from bigray.ranking import training_wall_s
 from bigray.results import Finalist, Leaderboard, TrialResult
 from bigray.specs import JobSpec, SearchSpec
 from bigray.training.commands import Event
@@ -24,9 +26,6 @@ from bigray.tuning.proposals import make_proposer
 from bigray.tuning.space import search_trials, seed_trial_id
 from bigray.tuning.sweep import Sweep
 
-LEG_MEMORY_BYTES = 64 * 2**20
-"""What a leg's actor asks of the cluster. Tune places nothing that asks for nothing, and every CPU may be held by
-the groups' workers, which must never wait for the legs that wait for them."""
 BUDGET_WATCH_EVERY_S = 0.2
 
 
@@ -82,26 +81,26 @@ def make_judge(request: RunRequest, search: SearchSpec) -> Judge | None:
         told = [event for event in events if event["kind"] == "finalists"]
         if not told:
             return ()
-        by_id = {result.trial_id: result for result in results}
-        chosen = [by_id[trial_id] for trial_id in told[-1]["trials"]]
-        seeds = {
-            one.trial_id: [by_id[name] for name in _seed_trials(one.trial_id, told[-1]["seeds"]) if name in by_id]
-            for one in chosen
-        }
-        if not any(metric in result.metrics for runs in seeds.values() for result in runs):
+        sound = {one.trial_id: one for one in results if one.status not in ("failed", "diverged")}
+        finalists = [sound[trial_id] for trial_id in told[-1]["trials"]]
+        values = {one.trial_id: _values_of_seeds(one.trial_id, told[-1]["seeds"], sound, metric) for one in finalists}
+        if not any(values.values()):
             return ()  # the budget was used up before one of them was validated
         return judge(
-            {name: {run.trial_id: run.metrics.get(metric, math.nan) for run in runs} for name, runs in seeds.items()},
+            values,
             mode=mode,
-            num_parameters={one.trial_id: one.num_parameters for one in chosen},
-            model_names={one.trial_id: one.model_name for one in chosen},
+            num_parameters={one.trial_id: one.num_parameters for one in finalists},
+            model_names={one.trial_id: one.model_name for one in finalists},
         )
 
     return judged
 
 
-def _seed_trials(trial_id: str, seeds: int) -> list[str]:
-    return [seed_trial_id(trial_id, number) for number in range(1, seeds + 1)]
+def _values_of_seeds(trial_id: str, seeds: int, sound: Mapping[str, TrialResult], metric: str) -> dict[str, float]:
+    """By the name of the trial of each seed that came to a value."""
+    names = [seed_trial_id(trial_id, number) for number in range(1, seeds + 1)]
+    found = {name: sound[name].metrics.get(metric, math.nan) for name in names if name in sound}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _run_sweep(run: LiveRun, search: SearchSpec, budget: Budget | None) -> None:
@@ -123,7 +122,7 @@ def _run_sweep(run: LiveRun, search: SearchSpec, budget: Budget | None) -> None:
     )
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(LegTrial, switchboard=board),
-        ray_tune.PlacementGroupFactory([{"memory": LEG_MEMORY_BYTES}]),
+        ray_tune.PlacementGroupFactory([{"memory": LEG_ACTOR_BYTES}]),
     )
     with (
         tempfile.TemporaryDirectory(prefix="bigray-tune-", ignore_cleanup_errors=True) as scratch,
@@ -190,20 +189,15 @@ def _watched_budget(run: LiveRun, budget: Budget | None, is_used_up: threading.E
 
 
 def _watch_budget(run: LiveRun, budget: Budget, is_used_up: threading.Event, is_over: threading.Event) -> None:
-    started, gpus = time.monotonic(), _gpus(run)
-
-    def is_used() -> bool:
-        wall_s = time.monotonic() - started
-        return budget.is_used(wall_s, wall_s * gpus)
-
+    """Counts what earlier attempts have used."""
+    started = time.monotonic()
+    gpus = run.groups.count * run.request.job.scaling.max_workers * run.request.job.scaling.gpus_per_worker
+    wall_before_s = training_wall_s(run.earlier)
+    gpu_before_s = sum(event["ledger"]["gpu_s"] for event in run.earlier if event["kind"] == "state")
     while not is_over.wait(BUDGET_WATCH_EVERY_S):
-        if is_used():
+        wall_s = time.monotonic() - started
+        if budget.is_used(wall_before_s + wall_s, gpu_before_s + wall_s * gpus):
             is_used_up.set()
             run.tell([Event("budget", "", {"text": f"the budget of {budget.text} is used up"})])
             ask(run.groups.switchboard.rest_all.remote())
             return
-
-
-def _gpus(run: LiveRun) -> float:
-    scaling = run.request.job.scaling
-    return run.groups.count * scaling.max_workers * scaling.gpus_per_worker

@@ -13,7 +13,7 @@ from bigray.errors import TrainingFailed
 from bigray.training.commands import Event
 from bigray.tuning.leg import Leg, LegResult
 from bigray.tuning.sweep import Sweep
-from bigray.tuning.trial import RESULT, is_complete
+from bigray.tuning.trial import FAILURE, RESULT, is_complete
 
 MAX_TRIES = 3
 """Of one leg, where Tune's actor for it dies: killed by hand, or with its node."""
@@ -59,6 +59,9 @@ class LegSearcher(Searcher):  # type: ignore[misc]
         leg = self._running.pop(trial_id, None)
         if leg is None:
             return
+        if result is not None and FAILURE in result:
+            self.failure = result[FAILURE]
+            return
         if error or result is None or RESULT not in result:
             self._try_again(leg)
             return
@@ -68,6 +71,10 @@ class LegSearcher(Searcher):  # type: ignore[misc]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A leg has one result, its last."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its search algorithm, to resume from; a sweep is brought back from the journal instead."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is what a sweep is brought back from."""

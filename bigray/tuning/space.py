@@ -1,4 +1,4 @@
-"""A search file and a job -> trials. Pure: all draws come from the job's seed, so the same files give the same trials."""
+"""A search file and a job -> trials. Pure: all draws come from one seed, so the same files give the same trials."""
 
 from __future__ import annotations
 

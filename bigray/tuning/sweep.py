@@ -226,7 +226,7 @@ class Sweep:
 
     def _choose_finalists(self) -> None:
         """Each of the best once more for every seed, to the end."""
-        named = [o for o in self._best.values() if not math.isnan(o.value) and o.ended not in ("failed", "diverged")]
+        named = [o for o in self._best.values() if math.isfinite(o.value) and o.ended not in ("failed", "diverged")]
         named.sort(key=lambda o: (badness(o.value, self._mode), o.loss, o.trial_id))
         self._finalists = tuple(outcome.trial_id for outcome in named[: self._search.finalists])
         if not self._finalists:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from bigray.errors import TrainingFailed
+from bigray.errors import GroupLost, TrainingFailed
 from bigray.specs import TrialSpec
 from bigray.training.commands import Event, Probe, TrialState
 from bigray.training.runner import train_alone
@@ -21,6 +21,8 @@ from bigray.tuning.leg import Leg, LegResult, Outcome
 
 RESULT = "result"
 """Where a leg's result is in what Tune passes on, as JSON: Tune takes dictionaries apart."""
+FAILURE = "failure"
+"""Instead of it: why no leg can be carried out any more."""
 
 
 class LegTrial(Trainable):  # type: ignore[misc]
@@ -35,7 +37,10 @@ class LegTrial(Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         leg: Leg = ask(self._switchboard.offered.remote(self._number))
-        result, events = carry_out(self._switchboard, leg)
+        try:
+            result, events = carry_out(self._switchboard, leg)
+        except GroupLost as error:
+            return {FAILURE: str(error), "done": True}
         if is_complete(leg, result):  # else it rests, and is gone on with by the next attempt
             events.append(Event("leg", "", {"kind_of_leg": leg.kind, "epoch": leg.epoch, **result.to_json()}))
         ask(self._switchboard.push_all.remote(events))
@@ -51,7 +56,7 @@ def carry_out(switchboard: Any, leg: Leg) -> tuple[LegResult, list[Event]]:
     """Have a leg carried out; its result, and what is to be told of it.
 
     Raises:
-        StorageError: no other leg will fare better.
+        GroupLost, StorageError: no other leg will fare better.
     """
     if leg.kind == "probe":
         return _probe(switchboard, leg)
@@ -59,6 +64,8 @@ def carry_out(switchboard: Any, leg: Leg) -> tuple[LegResult, list[Event]]:
         try:
             group, waited_s, states = ask(switchboard.work.remote(leg.name, leg.command))
             return _stack_result(leg, states, group, waited_s)
+        except GroupLost:
+            raise
         except TrainingFailed:  # one of them, perhaps: by themselves, each costs only itself
             pass
     outcomes, events = [], []
@@ -81,6 +88,8 @@ def _probe(switchboard: Any, leg: Leg) -> tuple[LegResult, list[Event]]:
     trial = leg.trials[0]
     try:
         probe: Probe = ask(switchboard.work.remote(leg.name, leg.command))[2]
+    except GroupLost:
+        raise
     except TrainingFailed as error:
         probe = Probe(alone_step_s=0.0, stacked_step_s=None, why_not=str(error))
     values = {

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bigray.cluster.connect import prepare_environment
+from bigray.cluster.connect import prepare_environment, without_services
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +13,7 @@ def four_cpu_ray() -> Iterator[None]:
     prepare_environment(joining=False)
     import ray
 
-    ray.init(address="local", num_cpus=4, namespace="bigray", include_dashboard=False, log_to_driver=False)
+    with without_services():
+        ray.init(address="local", num_cpus=4, namespace="bigray", include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

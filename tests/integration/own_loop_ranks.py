@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from bigray.training.tensor_files import pack_tensors
 
 NUM_PROCESSES = 2
 EPOCHS = 4
-EXAMPLES = ("own_loop", *(["accelerate"] if find_spec("accelerate") else []))
+EXAMPLES = ("own_loop", "accelerate")
 
 
 class Hooks:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bigray.training.answers import Address
 from bigray.training.membership import Place
-from bigray.training.process_group import Address, open_sockets, process_group
+from bigray.training.process_group import open_sockets, process_group
 
 
 def serve(connection: Connection, folder: str) -> None:

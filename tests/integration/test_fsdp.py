@@ -58,8 +58,10 @@ def test_a_trial_saved_and_resumed_at_other_world_sizes_equals_one_that_never_st
     plain = fsdp_ranks.make_trial("ddp")
     paths = RunPaths(open_storage(folder / "plain"), "plain")
     alone = fsdp_ranks.Worker(0, 1, torch.device("cpu"))
-    training = fsdp_ranks.TrialTraining(plain, fsdp_ranks.make_data(), 3, alone, fsdp_ranks.Hooks(paths, plain, alone))
+    hooks = fsdp_ranks.Hooks(paths, plain, alone)
+    training = fsdp_ranks.TrialTraining(plain, fsdp_ranks.make_data(), 3, alone, hooks)
     training.train_to(3)
+    hooks.saver.close()
     expected = training.snapshot(SnapshotBuffers())
     found = load_checkpoint(RunPaths(open_storage(folder / "run"), "run"), fsdp_ranks.make_trial("fsdp"), pytest.fail)
 

@@ -14,9 +14,6 @@ from torch import multiprocessing
 from bigray.training.loop import Worker
 from tests.integration.own_loop_ranks import EPOCHS, EXAMPLES, NUM_PROCESSES, run, train
 
-needs_accelerate = pytest.mark.skipif("accelerate" not in EXAMPLES, reason="accelerate is not installed")
-BOTH = ["own_loop", pytest.param("accelerate", marks=needs_accelerate)]
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +28,7 @@ def _document(results: Path, name: str) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("example", BOTH)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_reports_every_epoch_and_learns(results: Path, example: str) -> None:
     document = _document(results, f"{example}-whole-0")
 
@@ -41,7 +38,7 @@ def test_an_example_reports_every_epoch_and_learns(results: Path, example: str) 
     assert abs(values[-1] - values[0]) > 0.1
 
 
-@pytest.mark.parametrize("example", BOTH)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_rank_0_reports_and_all_ranks_agree_on_the_progress(results: Path, example: str) -> None:
     first, second = (_document(results, f"{example}-whole-{rank}") for rank in range(NUM_PROCESSES))
 
@@ -50,7 +47,7 @@ def test_rank_0_reports_and_all_ranks_agree_on_the_progress(results: Path, examp
     assert not (results / f"{example}-whole-1.safetensors").exists(), "rank 0 alone keeps the weights"
 
 
-@pytest.mark.parametrize("example", BOTH)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_that_was_asked_to_stop_ends_with_the_weights_of_one_that_was_not(
     results: Path, example: str
 ) -> None:

@@ -1,32 +1,99 @@
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
-from bigray.console import PlainView, print_verification
+from bigray.console import print_event, print_json, print_leaderboard, print_verification
 from bigray.results import (
+    Finalist,
     Kill,
+    Leaderboard,
+    Ledger,
     MetricDifference,
     ModelVerification,
     Resize,
     SampleCounts,
+    TrialResult,
     Verification,
     WeightDifference,
 )
 from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
-from bigray.training.commands import Event
+from bigray.storage import Storage
 
 
-def test_an_epoch_line_has_a_dash_for_what_a_loop_does_not_report(capsys: pytest.CaptureFixture[str]) -> None:
-    own = TrainingSpec(task="classification", loop="my.mod:train", metric="val_f1", metric_mode="max", epochs=5)
+def _result(trial_id: str, value: float, **changes: Any) -> TrialResult:
+    config = {"lr": 0.01, "global_batch_size": 32}
+    values: dict[str, Any] = {"config": config, "status": "finished", "epochs": 9, "best_epoch": 9, "best_step": 90}
+    values |= {"metrics": {"val_accuracy": value}, "ledger": Ledger(compute_s=1.0), **changes}
+    return TrialResult(trial_id=trial_id, model_name="mlp", **values)
+
+
+def _printed(board: Leaderboard, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    print_leaderboard(board)
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_leaderboard_of_many_shows_the_best_and_counts_the_rest(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = tuple(_result(f"{number:03d}", 0.9 - number / 1000) for number in range(40))
+    failed = _result("100", 0.0, status="failed", metrics={}, error="ValueError: boom")
+    board = Leaderboard("run", "runs/run", "val_accuracy", "max", (*trials, failed), storage, 3.0)
+    lines = _printed(board, capsys)
+
+    assert sum(line.startswith("0") for line in lines) == 20
+    assert "and 21 more (20 finished, 1 failed); bigray show runs/run --top 41 shows all" in lines
+    assert "100 failed: ValueError: boom" in lines
+
+
+def test_a_leaderboard_marks_what_ran_out_of_memory_and_tells_the_efficiency(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = (_result("0", 0.9, micro_batch_size=16), _result("1", 0.8))
+    board = Leaderboard("run", "runs/run", "val_accuracy", "max", trials, storage, 3.0, slots=2, training_wall_s=2.0)
+    lines = _printed(board, capsys)
+
+    assert "0 0.01 32 finished (micro-batch 16: out of memory) 9 9 0.9000" in lines
+    assert any(line.startswith("efficiency 50%: 2.0 s of training steps in 2.0 s x 2 groups") for line in lines)
+
+
+def test_finalists_are_shown_with_their_interval_their_ties_and_what_decided(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = tuple(_result(name, 0.9) for name in ("0", "1", "2", "0-seed1", "1-seed1", "2-seed1"))
+    finalists = (
+        Finalist("1", (0.9, 0.92), 0.91, 0.90, 0.92, 500, None, is_tied=True, best_seed_trial="1-seed1"),
+        Finalist("0", (0.91, 0.93), 0.92, 0.91, 0.93, 800, None, is_tied=True, best_seed_trial="0-seed1"),
+        Finalist("2", (0.5, 0.6), 0.55, 0.5, 0.6, 100, None, is_tied=False, best_seed_trial="2-seed1"),
+    )
+    board = Leaderboard("run", "runs/run", "val_accuracy", "max", trials, storage, 3.0, finalists=finalists)
+    lines = _printed(board, capsys)
+
+    assert "1 2 0.9100 ± 0.0100 0.9000 to 0.9200 tie 500 -" in lines
+    assert "2 2 0.5500 ± 0.0500 0.5000 to 0.6000 100 -" in lines
+    assert any(line.startswith("why: 1: tied with 0 on val_accuracy") for line in lines)
+    assert any(line.startswith("winner: mlp, trial 1-seed1") for line in lines)
+
+
+def test_an_event_is_one_line_of_json_with_trials_as_ids(capsys: pytest.CaptureFixture[str]) -> None:
     model = ModelSpec(factory="bigray.models:mlp")
-    trial = TrialSpec(trial_id="0-mlp", model_name="mlp", model=model, training=own, seed=0)
-    view = PlainView(quiet=False)
-    view(Event("starting", "", {"run": "r", "folder": "runs/r", "trials": (trial,)}))
-    capsys.readouterr()
-    values = {"epoch": 2, "train_loss": None, "metrics": {"val_f1": 0.5}, "best_metrics": {"val_f1": 0.5}}
-    view(Event("epoch", "0-mlp", {**values, "samples_per_s": None, "epoch_s": 2.0}))
+    trial = TrialSpec(
+        trial_id="0-mlp", model_name="mlp", model=model, training=TrainingSpec(task="classification"), seed=0
+    )
+    print_event("starting", "", {"trials": (trial,), "total": 1})
+    print_event("epoch", "0-mlp", {"train_loss": float("nan"), "metrics": {"val_loss": float("inf")}, "epoch": 1})
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
 
-    assert capsys.readouterr().err == "0-mlp: epoch 2/5, loss -, val_f1 0.5000, - samples/s, 6 s left\n"
+    assert first == {"kind": "starting", "trials": ["0-mlp"], "total": 1}
+    assert second == {"kind": "epoch", "trial": "0-mlp", "train_loss": None, "metrics": {"val_loss": None}, "epoch": 1}
+
+
+def test_a_document_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"mean": float("nan"), "values": [1.0]})
+
+    assert json.loads(capsys.readouterr().out) == {"mean": None, "values": [1.0]}
 
 
 def test_a_verification_shows_the_faults_in_their_order_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:

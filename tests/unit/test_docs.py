@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 
+from bigray.loading import load_job, load_search
 from bigray.models import mlp
 from bigray.specs import (
+    AshaSpec,
     JobSpec,
     KeepSpec,
+    MedianSpec,
     NonFiniteSpec,
     ParamGroupSpec,
+    PbtSpec,
     ScalingSpec,
     ScheduleSpec,
+    SearchSpec,
     SeedSpec,
     Spec,
     TrainingSpec,
@@ -25,6 +30,8 @@ from bigray.specs import (
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/training.md").read_text()
 SNIPPETS = re.findall(r"```toml\n(.*?)```", GUIDE, flags=re.DOTALL)
+TUNING_GUIDE = (ROOT / "docs/tuning.md").read_text()
+SEARCHES = re.findall(r"```toml\n(.*?)```", TUNING_GUIDE, flags=re.DOTALL)
 OF_README = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")])
 
@@ -71,10 +78,39 @@ def test_a_snippet_with_a_key_that_does_not_exist_would_be_found() -> None:
     "spec", [TrainingSpec, ScalingSpec, ScheduleSpec, ParamGroupSpec, KeepSpec, SeedSpec, NonFiniteSpec]
 )
 def test_the_training_guide_tells_of_every_setting(spec: type[Spec]) -> None:
-    code = " ".join(SNIPPETS + re.findall(r"`([^`\n]+)`", GUIDE))
-    words = set(re.findall(r"\w+", code))
+    missing = set(spec.model_fields) - _words_of_code(GUIDE, SNIPPETS)
 
-    assert set(spec.model_fields) <= words, f"not in docs/training.md: {sorted(set(spec.model_fields) - words)}"
+    assert not missing, f"not in docs/training.md: {sorted(missing)}"
+
+
+def _words_of_code(guide: str, snippets: list[str]) -> set[str]:
+    code = " ".join(snippets + re.findall(r"`([^`\n]+)`", guide))
+    return set(re.findall(r"\w+", code))
+
+
+@pytest.mark.parametrize("spec", [SearchSpec, AshaSpec, MedianSpec, PbtSpec])
+def test_the_tuning_guide_tells_of_every_setting(spec: type[Spec]) -> None:
+    missing = set(spec.model_fields) - _words_of_code(TUNING_GUIDE, SEARCHES)
+
+    assert not missing, f"not in docs/tuning.md: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("number", range(len(SEARCHES)))
+def test_every_snippet_of_the_tuning_guide_is_a_search_file(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+    path = tmp_path / "search.toml"
+    path.write_text(SEARCHES[number])
+
+    assert load_search(path, load_job("examples/digits/job.toml"))
+
+
+def test_the_tuning_guide_has_a_snippet_for_each_scheduler() -> None:
+    named = {tomllib.loads(snippet).get("scheduler") for snippet in SEARCHES}
+
+    assert {"asha", "median", "pbt"} <= named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -293,16 +293,44 @@ BAD_SEARCHES = [
         "space.lr: log_uniform needs a low above 0",
     ),
     ("an infinite range", "trials = 1\nspace.lr = { uniform = [0.1, inf] }", "space.lr: empty range"),
-    ("an empty choice", "trials = 1\nspace.lr = { choice = [] }", "space.lr.choice: "),
+    ("an empty choice", "trials = 1\nspace.lr = { choice = [] }", "space.lr.choice: is empty, give at least one value"),
     ("an empty space", "trials = 1\nspace = {}", "space: "),
     ("an unknown kind", "trials = 1\nspace.lr = { log = [0.1, 1] }", "space.lr.log: unknown key"),
-    ("a grid with a range", 'search = "grid"\nspace.lr = { uniform = [0.1, 0.2] }', "a grid needs 'choice'"),
+    (
+        "a grid with a range",
+        'search = "grid"\nspace.lr = { uniform = [0.1, 0.2] }',
+        "space: a grid needs 'choice' for every key",
+    ),
     (
         "a grid with trials",
         'search = "grid"\ntrials = 3\nspace.lr = { choice = [0.1] }',
-        "a grid runs its whole product",
+        'trials: a grid runs its whole product; remove it, or use search = "random"',
     ),
-    ("random without trials", "space.lr = { choice = [0.1] }", "a random search needs 'trials'"),
+    (
+        "random without trials",
+        "space.lr = { choice = [0.1] }",
+        'trials: search = "random" needs a number of trials',
+    ),
+    (
+        "tpe without trials",
+        'search = "tpe"\nspace.lr = { choice = [0.1] }',
+        'trials: search = "tpe" needs a number of trials',
+    ),
+    (
+        "population based training with a grid",
+        'search = "grid"\nscheduler = "pbt"\nspace.lr = { choice = [0.1] }',
+        'search: pbt changes settings by itself: use "random" with it, not "grid"',
+    ),
+    (
+        "population based training with tpe",
+        'search = "tpe"\ntrials = 4\nscheduler = "pbt"\nspace.lr = { choice = [0.1] }',
+        'search: pbt changes settings by itself: use "random" with it, not "tpe"',
+    ),
+    (
+        "a scheduler misspelt",
+        'trials = 1\nscheduler = "ahsa"\nspace.lr = { choice = [0.1] }',
+        "scheduler: should be 'asha', 'median', 'pbt' or 'none', got 'ahsa'",
+    ),
     (
         "a key that is no training setting",
         "trials = 1\nspace.learning_rat = { choice = [0.1] }",
@@ -326,7 +354,7 @@ BAD_SEARCHES = [
     (
         "a range for an integer",
         "trials = 1\nspace.global_batch_size = { uniform = [8, 64] }",
-        "space.global_batch_size: use a number from 1, or 'auto', got 8.0",
+        "space.global_batch_size: takes whole numbers and a range draws fractions, use choice = [8, ..., 64]",
     ),
     (
         "a grace period beyond the last epoch",
@@ -337,6 +365,61 @@ BAD_SEARCHES = [
         "a metric that is never reported",
         'trials = 1\nmetric = "val_r2"\nspace.lr = { choice = [0.1] }',
         "metric: metric 'val_r2' is never reported for classification",
+    ),
+    (
+        "a choice of the wrong type",
+        'trials = 1\nspace.lr = { choice = [0.1, "0.2"] }',
+        "space.lr: should be a valid number, got '0.2'",
+    ),
+    (
+        "a batch size of the wrong type among good ones",
+        "trials = 1\nspace.global_batch_size = { choice = [32, 64.5] }",
+        "space.global_batch_size: use a number from 1, or 'auto', got 64.5",
+    ),
+    (
+        "a space of a model that the job has not",
+        "trials = 1\nspaces.nett.lr = { choice = [0.1] }",
+        "spaces.nett: not a model of the job, did you mean 'net'?",
+    ),
+    (
+        "a key of a model's space that is no training setting",
+        "trials = 1\nspaces.net.lrs = { choice = [0.1] }",
+        "spaces.net.lrs: not a training setting, did you mean 'lr'?",
+    ),
+    (
+        "a value of a model's space that training refuses",
+        "trials = 1\nspaces.net.momentum = { uniform = [0.5, 1.5] }",
+        "spaces.net.momentum: should be less than 1, got 1.5",
+    ),
+    (
+        "values that do not go together",
+        'trials = 1\nspace.exact = { choice = [false, true] }\nspace.strategy = { choice = ["ddp", "fsdp"] }',
+        "space: exact: cannot be combined with strategy = 'fsdp' (as in exact = True, strategy = 'fsdp')",
+    ),
+    (
+        "a scaled rate for a batch that is yet to be found",
+        'trials = 1\nspace.lr_scaling = { choice = ["linear"] }\nspace.global_batch_size = { choice = [32, "auto"] }',
+        "space: lr_scaling: with global_batch_size = 'auto' it needs lr_batch_size",
+    ),
+    (
+        "a grace period of the median rule beyond the last epoch",
+        'trials = 1\nscheduler = "median"\nmedian.grace_epochs = 6\nspace.lr = { choice = [0.1] }',
+        "median.grace_epochs: 6 is more than the job's 5 epochs",
+    ),
+    (
+        "an interval beyond the last epoch",
+        'trials = 4\nscheduler = "pbt"\npbt.interval_epochs = 6\nspace.lr = { choice = [0.1] }',
+        "pbt.interval_epochs: 6 is more than the job's 5 epochs",
+    ),
+    (
+        "more finalists than trials",
+        "trials = 2\nfinalists = 3\nspace.lr = { choice = [0.1] }",
+        "finalists: 3 is more than the 2 trials they are chosen from",
+    ),
+    (
+        "more finalists than a grid has trials",
+        'search = "grid"\nfinalists = 3\nspace.lr = { choice = [0.1, 0.2] }',
+        "finalists: 3 is more than the 2 trials they are chosen from",
     ),
 ]
 
@@ -352,6 +435,45 @@ def test_all_faults_of_a_search_file_are_told_together(tmp_path: Path, job: JobS
     text = "trials = 1\nasha.grace_epochs = 6\nspace.lr = { choice = [-1] }\nspace.epoch = { choice = [2] }"
 
     assert len(_search_faults(tmp_path, text, job)) == 3
+
+
+def test_a_fault_of_a_range_hides_no_fault_of_the_others(tmp_path: Path, job: JobSpec) -> None:
+    text = """
+    trials = 4
+    schedular = "none"
+    metric = "auc"
+    [space]
+    lr = { log_uniform = [0, 0.1] }
+    [spaces.cnn]
+    weight_decay = { uniform = [0, 0.1] }
+    """
+    places = [fault.split(":")[0] for fault in _search_faults(tmp_path, text, job)]
+
+    assert sorted(places) == ["metric", "schedular", "space.lr", "spaces.cnn"]
+
+
+def test_the_scheduler_may_wait_as_long_as_the_longest_trial_that_is_searched(tmp_path: Path, job: JobSpec) -> None:
+    path = tmp_path / "search.toml"
+    path.write_text("trials = 4\nasha.grace_epochs = 9\nspace.epochs = { choice = [5, 20] }")
+
+    assert load_search(path, job).asha.grace_epochs == 9
+
+
+def test_keys_that_only_go_together_may_be_searched_together(tmp_path: Path, job: JobSpec) -> None:
+    path = tmp_path / "search.toml"
+    path.write_text('trials = 4\nspace.lr_batch_size = { choice = [64] }\nspace.lr_scaling = { choice = ["linear"] }')
+
+    assert set(load_search(path, job).space) == {"lr_batch_size", "lr_scaling"}
+
+
+def test_a_number_of_trials_given_beside_the_file_takes_the_place_of_its_own(tmp_path: Path, job: JobSpec) -> None:
+    path = tmp_path / "search.toml"
+    path.write_text(SEARCH)
+
+    assert load_search(path, job, trials=9).trials == 9
+    path.write_text('search = "grid"\nspace.lr = { choice = [0.1] }')
+    with pytest.raises(SpecError, match="trials: a grid runs its whole product"):
+        load_search(path, job, trials=9)
 
 
 def test_the_keys_of_a_search_are_checked_without_a_job_too(tmp_path: Path) -> None:

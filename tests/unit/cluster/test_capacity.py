@@ -1,9 +1,16 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from bigray.cluster.capacity import Capacity, Node, groups_that_fit, local_capacity, workers_that_fit
+from bigray.cluster.capacity import (
+    Bundle,
+    Capacity,
+    Node,
+    bundles_that_fit,
+    groups_that_fit,
+    local_capacity,
+    workers_that_fit,
+)
 from bigray.specs import ScalingSpec
 
 
@@ -62,54 +69,48 @@ def test_this_machine_has_a_cpu() -> None:
     assert node.cpus == node.free_cpus >= 1
 
 
-class _Machine:
-    """Resources in whole steps of 1e-4, and each GPU by itself, as Ray counts them."""
-
-    def __init__(self, node: Node) -> None:
-        self.cpus = round(node.free_cpus * 10_000)
-        self.gpus = [10_000] * int(node.free_gpus)
-
-    def place(self, scaling: ScalingSpec) -> bool:
-        cpus, gpus = round(scaling.cpus_per_worker * 10_000), round(scaling.gpus_per_worker * 10_000)
-        chosen = self._choose_gpus(gpus)
-        if self.cpus < cpus or chosen is None:
-            return False
-        self.cpus -= cpus
-        for index in chosen:
-            self.gpus[index] -= min(gpus, 10_000)
-        return True
-
-    def _choose_gpus(self, gpus: int) -> list[int] | None:
-        count, each = max(1, gpus // 10_000), min(gpus, 10_000)
-        if gpus == 0:
-            return []
-        fitting = [index for index, free in enumerate(self.gpus) if free >= each]
-        return fitting[:count] if len(fitting) >= count else None
+def test_a_share_that_leaves_a_rest_of_each_gpu_is_not_placed_over_several_nodes() -> None:
+    """Ray would choose a node with 2 GPUs for 3 workers of 0.6, which the node refuses, again and again."""
+    assert workers_that_fit(_idle((8, 2), (8, 2)), _workers(gpus=0.6), free_only=True) == 2
+    assert workers_that_fit(_idle((8, 2), (8, 2)), _workers(gpus=0.5), free_only=True) == 8
+    assert workers_that_fit(_idle((8, 1), (8, 1)), _workers(gpus=0.6), free_only=True) == 2
+    assert workers_that_fit(_idle((2, 2), (2, 2)), _workers(gpus=0.6), free_only=True) == 4  # the CPUs say no first
 
 
-def _random_case(generator: np.random.Generator) -> tuple[Capacity, ScalingSpec]:
-    nodes = [
-        (float(generator.choice([0, 1, 2.5, 4, 7, 16])), float(generator.choice([0, 0, 1, 2, 8])))
-        for _ in range(generator.integers(1, 5))
-    ]
-    scaling = _workers(
-        num_workers=int(generator.integers(1, 5)),
-        cpus=float(generator.choice([0.1, 0.3, 0.5, 1, 1.5, 2, 3])),
-        gpus=float(generator.choice([0, 0, 0.1, 0.3, 0.5, 0.6, 1, 2])),
-    )
-    return _idle(*nodes), scaling
+def test_two_halves_of_two_gpus_are_not_one() -> None:
+    halves = Node(8, 2, 8, 1.0, free_gpu_shares=(0.5, 0.5))
+
+    assert workers_that_fit(Capacity((halves,)), _workers(gpus=1), free_only=True) == 0
+    assert workers_that_fit(Capacity((halves,)), _workers(gpus=0.5), free_only=True) == 2
 
 
-def test_as_many_groups_as_are_counted_find_a_place_and_no_more() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(500):
-        capacity, scaling = _random_case(generator)
-        machines = [_Machine(node) for node in capacity.nodes]
-        placed = 0
-        while any(machine.place(scaling) for machine in machines):
-            placed += 1
+def test_resources_are_cut_to_the_steps_that_ray_counts() -> None:
+    assert workers_that_fit(_idle((1, 0)), _workers(cpus=0.50009), free_only=True) == 2
+    assert workers_that_fit(_idle((1, 0)), _workers(cpus=1 / 3), free_only=True) == 3
+    assert workers_that_fit(_idle((1, 0)), _workers(cpus=0.3335), free_only=True) == 2
 
-        assert groups_that_fit(capacity, scaling, wanted=1000) == placed // scaling.num_workers, (capacity, scaling)
+
+def test_there_is_no_worker_with_one_gpu_and_a_half() -> None:
+    assert workers_that_fit(_idle((8, 8)), _workers(gpus=1.5), free_only=False) == 0
+
+
+def test_an_elastic_group_that_ray_would_start_too_large_is_not_opened() -> None:
+    elastic = ScalingSpec(num_workers=(2, 6), gpus_per_worker=0.6)
+
+    assert groups_that_fit(_idle((8, 2), (8, 2)), elastic, wanted=4) == 0
+    assert groups_that_fit(_idle((8, 1), (8, 1)), elastic, wanted=4) == 1
+
+
+def test_no_more_groups_are_opened_than_trial_actors_find_memory() -> None:
+    nodes = Capacity(tuple(Node(4, 0, 4, 0, free_memory_bytes=free) for free in (99, 100, 250)))
+
+    assert groups_that_fit(nodes, _workers(), wanted=100) == 12
+    assert groups_that_fit(nodes, _workers(), wanted=100, trial_actor_bytes=100) == 3
+    assert groups_that_fit(nodes, _workers(), wanted=100, trial_actor_bytes=251) == 0
+
+
+def test_a_bundle_of_nothing_fits_any_number_of_times() -> None:
+    assert bundles_that_fit(_idle((0, 0)), Bundle(0, 0), free_only=True) > 10**6
 
 
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2)])

@@ -53,7 +53,7 @@ class Ranks:
         assert not self._entered
 
 
-@pytest.mark.parametrize("wish", [Wish(save=True), Wish(stop=True), Wish(save=True, stop=True)])
+@pytest.mark.parametrize("wish", [Wish(save=True), Wish(stop=True), Wish(rest=True), Wish(save=True, stop=True)])
 def test_one_ranks_wish_is_carried_out_by_all_at_the_same_step(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks([Wish, lambda: wish, Wish], monkeypatch)
     assert ranks.step() == [Wish()] * 3

@@ -370,6 +370,43 @@ def test_a_due_checkpoint_stays_due_until_it_is_saved(job: _Job) -> None:
     assert [*due, context.save_is_due] == [False, True, True, False]
 
 
+def test_a_wish_to_rest_is_followed_after_the_next_report(job: _Job, use: Callable[[Loop], None]) -> None:
+    """Not in the middle of the epoch, where the loop asks after each batch; and the trial is not over."""
+    asked: list[tuple[int, bool]] = []
+
+    def loop(context: LoopContext) -> None:
+        context.restore()
+        for epoch in context.remaining_epochs:
+            for _ in context.batches(epoch):
+                asked.append((epoch, context.should_stop()))
+                assert not asked[-1][1]
+            context.report({"val_f1": 0.1 * epoch}, epoch=epoch, model=context.build_model())
+            context.save(epoch=epoch, model=context.build_model())
+            if context.should_stop():
+                return
+
+    use(loop)
+    job.hooks.wishes = {number: Wish(rest=True) for number in range(8, 20)}  # within the second epoch's batches
+    training = job.train(job.begin(epochs=4))
+
+    assert (training.progress.epoch, training.progress.ended) == (2, None)
+    assert len(asked) == 10
+    job.hooks.wishes = {}
+    assert job.train(training).progress.ended == "finished"
+
+
+def test_the_rate_of_a_loop_of_ones_own_follows_the_batch_too(job: _Job, use: Callable[[Loop], None]) -> None:
+    seen: list[float] = []
+
+    def loop(context: LoopContext) -> None:
+        seen.append(context.lr)
+        context.report({"val_f1": 0.5}, epoch=1, model=context.build_model())
+
+    use(loop)
+    job.train(job.begin(epochs=1, lr=0.01, lr_scaling="sqrt", lr_batch_size=4))
+    assert seen == [0.01 * 2.0]
+
+
 def test_patience_is_told_by_should_stop_and_ends_the_trial_early(job: _Job, use: Callable[[Loop], None]) -> None:
     def loop(context: LoopContext) -> None:
         for epoch in context.remaining_epochs:

@@ -21,9 +21,10 @@ from bigray.models import build_model
 from bigray.paths import RunPaths
 from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
 from bigray.storage import open_storage
+from bigray.training.answers import Exported
 from bigray.training.checkpoint import Progress
 from bigray.training.checkpoint_writer import save_checkpoint, trim_trial
-from bigray.training.export import TOLERANCE, Exported, _export_onnx, export_bundle
+from bigray.training.export import TOLERANCE, _export_onnx, export_bundle
 from bigray.training.tensor_files import pack_tensors, unpack_tensors
 
 ROWS = np.random.default_rng(0).normal(size=(64, 8, 8)).astype(np.float32)

@@ -19,10 +19,12 @@ def beat(
     return Beat(steps, ticks, phase, waited_s, f"worker.py:9 run > {at}")
 
 
-def hangs(*beats: Beat | None, heard_s_ago: tuple[float, ...] = (0.5, 0.5, 0.5)) -> list[Hang]:
+def hangs(
+    *beats: Beat | None, heard_s_ago: tuple[float, ...] = (0.5, 0.5, 0.5), limit_s: float = LIMIT_S
+) -> list[Hang]:
     """Of a group whose ranks last told this; None where a rank has not told yet, or is not there any more."""
     told = {m: (NOW - ago, b) for m, b, ago in zip(GROUP, beats, heard_s_ago, strict=True) if b is not None}
-    return list(find_hangs(GROUP, told, NOW, LIMIT_S))
+    return list(find_hangs(GROUP, told, NOW, limit_s))
 
 
 def test_a_group_that_makes_progress_has_none() -> None:
@@ -71,6 +73,12 @@ def test_a_rank_that_has_finished_does_not_hide_one_that_hangs() -> None:
 def test_a_rank_that_makes_no_progress_for_too_long_must_end() -> None:
     (hang,) = hangs(beat(5, 2, waited_s=601), beat(5, 1, waited_s=602), beat(5, 2, waited_s=601))
     assert hang.must_end
+
+
+def test_a_rank_that_loads_has_two_minutes_however_short_a_step_may_be() -> None:
+    for waited_s, must_end in ((119, False), (121, True)):
+        (hang,) = hangs(*[beat(0, ticks, "loading", waited_s) for ticks in (2, 2, 1)], limit_s=1)
+        assert (hang.rank, hang.must_end) == (2, must_end)
 
 
 def test_a_rank_that_is_silent_must_end_and_those_that_wait_for_it_are_not_named() -> None:

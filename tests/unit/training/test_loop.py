@@ -233,6 +233,21 @@ def test_a_wish_to_stop_is_followed_at_once_with_a_checkpoint_of_that_step(
     assert _weights(resumed) == _weights(uninterrupted)
 
 
+@pytest.mark.parametrize("rest_at", [6, 10])
+def test_a_wish_to_rest_is_followed_at_the_end_of_the_epoch(
+    make_trial: MakeTrial, blobs: TrainingArrays, rest_at: int
+) -> None:
+    trial = make_trial()
+    hooks = RecordingHooks(rest_at={rest_at})
+    training = _begin(trial, blobs, hooks)
+    training.train_to(4)
+    assert (training.progress.epoch, training.progress.batch, training.progress.step) == (2, 0, 10)
+    assert [report["epoch"] for report in hooks.reports] == [1, 2]
+
+    training.train_to(4)
+    assert _weights(training) == _weights(_train(trial, blobs)[0])
+
+
 def test_a_training_that_stopped_goes_on_in_memory_too(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
     """As after a lost peer: the process group is another one, and module and optimizer are still there."""
     trial = make_trial(params={"hidden": [8], "dropout": 0.3}, epochs=2)
@@ -724,4 +739,7 @@ def test_a_step_is_heard_of_in_each_of_its_phases(make_trial: MakeTrial, blobs: 
     hooks = RecordingHooks()
     _begin(make_trial(epochs=1), blobs, hooks).train_to(1)
 
-    assert hooks.phases == ["forward", "backward", "step"] * 5 + ["validation"] * 8
+    heard = [phase for phase in hooks.phases if phase not in ("data", "report", "save")]
+
+    assert heard == ["forward", "backward", "step"] * 5 + ["validation"] * 8
+    assert hooks.phases.index("data") < hooks.phases.index("forward")

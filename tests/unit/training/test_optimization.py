@@ -23,6 +23,7 @@ from bigray.training.optimization import (
     lr_factor,
     make_optimizer,
     make_scaler,
+    optimizer_faults,
     scaler_state,
     set_lr,
 )
@@ -512,3 +513,32 @@ def test_sharded_parameters_are_optimized_clipped_averaged_and_checked(sharded: 
     gradient: Any = sharded.get_parameter("2.bias").grad
     gradient.to_local()[0] = math.nan
     assert first_non_finite(sharded, loss) == "gradient of '2.bias'"
+
+
+# --- the rate and the batch
+
+
+@pytest.mark.parametrize(
+    ("scaling", "batch_size", "rate"),
+    [("none", 64, 0.1), ("linear", 64, 0.2), ("sqrt", 64, 0.1 * 2**0.5), ("linear", 8, 0.025), ("sqrt", 8, 0.05)],
+)
+def test_the_rate_of_each_group_follows_the_batch(
+    net: nn.Sequential, scaling: str, batch_size: int, rate: float
+) -> None:
+    settings: dict[str, Any] = {} if scaling == "none" else {"lr_scaling": scaling, "lr_batch_size": 32}
+    groups = [{"match": "*bias", "lr_scale": 0.5}]
+    spec = TrainingSpec.model_validate(
+        {"task": "regression", "lr": 0.1, "global_batch_size": batch_size, "param_groups": groups, **settings}
+    )
+    optimizer = make_optimizer(spec, net)
+    set_lr(optimizer, 0.5)
+
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate * 0.25, rate * 0.5], rel=1e-15)
+    assert optimizer.defaults["lr"] == pytest.approx(rate, rel=1e-15)
+
+
+def test_a_scaled_rate_is_no_fault_where_the_batch_is_not_known_yet() -> None:
+    spec = TrainingSpec.model_validate(
+        {"task": "regression", "global_batch_size": "auto", "lr_scaling": "linear", "lr_batch_size": 32}
+    )
+    assert optimizer_faults(spec) == []

@@ -305,16 +305,56 @@ def test_an_error_of_the_callback_reaches_the_loop(paths: RunPaths, trial: Trial
 def test_closing_writes_what_was_submitted_and_ends_the_thread(
     paths: RunPaths, trial: TrialSpec, saved: list[int]
 ) -> None:
+    before = set(threading.enumerate())
     saver = CheckpointSaver(paths, trial, 1, saved.append)
     for step in (1, 2):
         saver.submit(_take(step))
+    assert _savers_since(before)
     saver.close()
     saver.close()
 
     assert saved == [1, 2]
-    assert "checkpoint-saver" not in {thread.name for thread in threading.enumerate()}
+    assert not _savers_since(before)
+
+
+def _savers_since(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in set(threading.enumerate()) - before if thread.name == "checkpoint-saver"]
 
 
 def test_a_saver_that_never_saved_waits_and_closes_at_once(saver: CheckpointSaver) -> None:
     saver.wait()
     saver.close()
+
+
+def test_the_checkpoint_that_a_command_began_from_stays_until_the_next_command(
+    paths: RunPaths, trial: TrialSpec, saver: CheckpointSaver
+) -> None:
+    """Another trial may take it over meanwhile."""
+
+    def save(*steps: int) -> list[int]:
+        for step in steps:
+            saver.submit(_take(step))
+        saver.wait()
+        return sorted(paths.checkpoint_steps(trial.trial_id))
+
+    assert save(5, 10) == [5, 10]
+    saver.keep(10)
+    assert save(12, 14, 16, 20) == [10, 20]
+    saver.keep(20)
+    assert save(22, 24, 30) == [20, 30]
+    saver.keep(None)
+    assert save(32, 34) == [32, 34]
+
+
+def test_more_checkpoints_are_kept_beside_it_where_so_asked(paths: RunPaths, make_trial: MakeTrial) -> None:
+    trial = make_trial(keep={"last": 3})
+    saver = CheckpointSaver(paths, trial, 1, lambda step: None)
+    saver.submit(_take(10))
+    saver.wait()
+    saver.keep(10)
+    for step in (12, 14, 16, 18):
+        saver.submit(_take(step))
+    saver.wait()
+    saver.close()
+
+    assert sorted(paths.checkpoint_steps(trial.trial_id)) == [10, 16, 18]

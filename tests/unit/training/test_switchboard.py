@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from bigray.errors import DiskFull, Preempted, TrainingFailed
+from bigray.errors import DiskFull, OutOfMemory, Preempted, TrainingFailed
 from bigray.specs import TrialSpec
 from bigray.training import hangs
 from bigray.training import switchboard as module
-from bigray.training.commands import Event, Stop, TrainTo, Wish
+from bigray.training.commands import Event, Lane, ProbeStack, Stop, TrainStack, TrainTo, Wish
 from bigray.training.heartbeat import Beat
 from bigray.training.membership import Member, Place
 from bigray.training.switchboard import Switchboard
@@ -319,6 +319,234 @@ def test_a_group_that_was_told_to_stop_takes_no_further_command(command: TrainTo
         assert isinstance((await board.next_command(0, board._groups[0].roster.generation) or ())[1], Stop)
 
     _play(scenario)
+
+
+# work
+
+
+def _trial(command: TrainTo, name: str) -> TrainTo:
+    return TrainTo(command.trial.model_copy(update={"trial_id": name}), command.epoch)
+
+
+async def _finish(board: Switchboard, group: int, result: Any) -> None:
+    """What a group's rank 0 does with its command."""
+    serial, _ = await board.next_command(group, board._groups[group].roster.generation) or (0, None)
+    await board.complete(group, serial, result)
+
+
+def test_work_is_done_by_a_free_group_which_is_free_again_after_it(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        for number in range(3):
+            working = asyncio.create_task(board.work(f"leg-{number}", command))
+            await _let_others_run()
+            await _finish(board, 0, number)
+            group, waited_s, result = await working
+            assert (group, result) == (0, number)
+            assert waited_s >= 0.0
+
+    _play(scenario)
+
+
+def test_work_waits_for_a_group_and_says_how_long(command: TrainTo, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(board: Switchboard) -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", time := _Clock(asyncio.get_running_loop().time))
+        first = asyncio.create_task(board.work("first", command))
+        await _let_others_run()
+        second = asyncio.create_task(board.work("second", _trial(command, "second")))
+        await _let_others_run()
+        time.ahead_s = 7.0
+        await _finish(board, 0, "done")
+        await first
+        await _let_others_run()
+        await _finish(board, 0, "done too")
+        _, waited_s, result = await second
+        assert result == "done too"
+        assert 7.0 <= waited_s < 10.0
+
+    _play(scenario)
+
+
+class _Clock:
+    """The loop's own, and ahead of it where a test says so."""
+
+    def __init__(self, time: Callable[[], float]) -> None:
+        self._time, self.ahead_s = time, 0.0
+
+    def __call__(self) -> float:
+        return self._time() + self.ahead_s
+
+
+def test_who_asks_again_for_the_same_work_joins_it_and_gets_the_same_outcome(command: TrainTo) -> None:
+    """As an actor that was killed and started again; the first call's task may be gone by then."""
+
+    async def scenario(board: Switchboard) -> None:
+        first = asyncio.create_task(board.work("leg", command))
+        await _let_others_run()
+        first.cancel()
+        again = asyncio.create_task(board.work("leg", command))
+        await _let_others_run()
+        await _finish(board, 0, "done")
+        outcome = await again
+        assert outcome[2] == "done"
+        assert await board.work("leg", command) == outcome
+        assert board._groups[0].command is None
+        assert await board.lease() == 0
+
+    _play(scenario)
+
+
+def test_a_failure_of_work_is_raised_and_frees_the_group(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        working = asyncio.create_task(board.work("leg", command))
+        await _let_others_run()
+        serial, _ = await board.next_command(0, board._groups[0].roster.generation) or (0, None)
+        await board.fail(0, serial, OutOfMemory("no memory", rows=16))
+        for _ in range(2):
+            with pytest.raises(OutOfMemory) as caught:
+                await asyncio.gather(working)
+            assert caught.value.rows == 16
+            working = asyncio.create_task(board.work("leg", command))
+        await asyncio.gather(working, return_exceptions=True)
+        assert await board.lease() == 0
+
+    _play(scenario)
+
+
+def test_work_goes_to_the_group_that_has_its_trial_in_memory(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        names = ("a", "b", "c")
+        working = [asyncio.create_task(board.work(f"{name}-1", _trial(command, name))) for name in names]
+        await _let_others_run()
+        for group in (2, 0, 1):
+            await _finish(board, group, group)
+        for group, task in zip((0, 1, 2), working, strict=True):
+            assert (await task)[0] == group
+        for group, name in ((1, "b"), (0, "a"), (2, "c")):
+            going_on = asyncio.create_task(board.work(f"{name}-2", _trial(command, name)))
+            await _let_others_run()
+            await _finish(board, group, name)
+            assert (await going_on)[::2] == (group, name)
+
+    _play(scenario, groups=3)
+
+
+def test_work_is_refused_once_storage_has_failed(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        working = asyncio.create_task(board.work("first", command))
+        await _let_others_run()
+        serial, _ = await board.next_command(0, board._groups[0].roster.generation) or (0, None)
+        await board.fail(0, serial, DiskFull("full"))
+        for key in ("first", "second"):
+            with pytest.raises(DiskFull):
+                await board.work(key, command)
+        await asyncio.gather(working, return_exceptions=True)
+
+    _play(scenario)
+
+
+# rest
+
+
+def test_all_that_is_trained_is_asked_to_rest_until_its_command_ends(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, _ = await _seat_pair(board)
+        result = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        assert not (await board.beat(0, first, _beat_of(1))).rest
+        assert await board.rest_all() == 1
+        assert (await board.beat(0, first, _beat_of(1))).rest
+        await board.complete(0, 1, "rested")
+        await result
+
+        following = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        assert not (await board.beat(0, first, _beat_of(1))).rest, "a beat of the command before"
+        assert not (await board.beat(0, first, _beat_of(2))).rest
+        following.cancel()
+
+    _play(scenario, groups=2)
+
+
+def _beat_of(command: int) -> Beat:
+    return Beat(1, 0, "forward", 0.0, "here", command)
+
+
+def test_a_wish_to_rest_outlives_a_worker(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, _ = await _seat_pair(board)
+        result = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        await board.rest_all()
+        await _replace(board, first, 1, pid=150)
+        assert (await board.beat(0, first, _beat_of(1))).rest
+        result.cancel()
+
+    _play(scenario)
+
+
+# recycled workers
+
+
+def test_a_worker_that_makes_room_is_told_of_and_costs_its_trial_nothing(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, second = await _seat_pair(board)
+        result = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        await board.recycle(0, second, "its memory is 3 GB")
+        await board._lost_everywhere(second, "its process ended")  # the kernel's word
+        await _replace(board, first, 1, pid=150)
+        events = await board.take_events(0.0)
+        assert [event.kind for event in events] == ["recycled", "regrouped"]
+        assert events[0].values == {"rank": 1, "pid": second.pid, "why": "its memory is 3 GB"}
+        assert not result.done()
+        result.cancel()
+
+    _play(scenario, max_failures=0)
+
+
+def test_all_workers_of_a_group_can_make_room_at_once(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        members = await _seat_pair(board)
+        result = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        for member in members:
+            await board.recycle(0, member, "scaling.isolate")
+        fresh = [_joining(board, _worker(slot, 150 + slot)) for slot in (0, 1)]
+        seats = await asyncio.gather(*fresh)
+        assert [seat and seat[1].generation for seat in seats] == [2, 2]
+        assert (await board.next_command(0, 2) or ())[1:] == (command,)
+        assert await _kinds(board) == ["recycled", "recycled", "regrouped"]
+        result.cancel()
+
+    _play(scenario, max_failures=0)
+
+
+# stacks
+
+
+def test_deaths_count_under_the_name_of_a_stack(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        stack = TrainStack("leg-000003", (Lane(command.trial), Lane(_trial(command, "other").trial)), 2)
+        first, _ = await _seat_pair(board)
+        result = asyncio.create_task(board.execute(0, stack))
+        await _let_others_run()
+        await _replace(board, first, 1, pid=150)
+        assert board._num_deaths == {"leg-000003": 1}
+        await _replace(board, first, 1, pid=160)
+        with pytest.raises(TrainingFailed, match="died 2 times"):
+            await result
+        alone = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        await _replace(board, first, 1, pid=170)
+        assert not alone.done()
+        probe = asyncio.create_task(board.execute(0, ProbeStack(command.trial, 4)))
+        await _let_others_run()
+        await _replace(board, first, 1, pid=180)
+        assert board._num_deaths[command.trial.trial_id] == 1
+        alone.cancel()
+        probe.cancel()
+
+    _play(scenario, max_failures=1)
 
 
 # seats

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bigray.specs import JobSpec, RangeSpec, SearchSpec, TrialSpec
-from bigray.tuning.space import grid, rungs, sample, search_trials
+from bigray.tuning.space import grid, sample, search_trials
 
 SPACE = {"lr": {"log_uniform": [1e-4, 1e-1]}, "global_batch_size": {"choice": [32, 64, 128]}}
 
@@ -64,7 +64,7 @@ def test_trial_ids_sort_in_the_order_they_run() -> None:
 
     assert ids == sorted(ids)
     assert len(set(ids)) == 24
-    assert ids[:2] == ["00-mlp", "01-cnn"]
+    assert ids[:2] == ["0000-mlp", "0001-cnn"]
 
 
 def test_what_is_not_searched_stays_as_the_job_says() -> None:
@@ -136,21 +136,3 @@ def test_a_choice_keeps_its_values_as_they_are() -> None:
     draws = [sample({"optimizer": RangeSpec(choice=("sgd", "adamw"))}, generator)["optimizer"] for _ in range(50)]
 
     assert set(draws) == {"sgd", "adamw"}
-
-
-@pytest.mark.parametrize(
-    ("asha", "epochs", "expected"),
-    [
-        ({"grace_epochs": 2, "reduction_factor": 3}, 20, (2, 6, 18, 20)),
-        ({"grace_epochs": 1, "reduction_factor": 2}, 8, (1, 2, 4, 8)),
-        ({"grace_epochs": 20, "reduction_factor": 3}, 20, (20,)),
-    ],
-)
-def test_a_trial_reports_at_each_rung_and_at_its_end(
-    asha: dict[str, int], epochs: int, expected: tuple[int, ...]
-) -> None:
-    assert rungs(_search(asha=asha), epochs) == expected
-
-
-def test_without_a_scheduler_a_trial_reports_once() -> None:
-    assert rungs(_search(scheduler="none"), 20) == (20,)

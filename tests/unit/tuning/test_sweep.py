@@ -35,6 +35,14 @@ def test_asha_with_one_slot_promotes_the_best_third_of_each_rung() -> None:
     assert Counter(simulation.epochs.values())[2] > 27 / 2, "and few that only seemed to be"
 
 
+@pytest.mark.parametrize("trials", [1, 2, 5, 12])
+def test_of_few_trials_too_the_winner_is_trained_to_the_end(trials: int) -> None:
+    simulation = Simulation(make_job(), make_search(trials=trials)).run()
+
+    assert simulation.epochs[simulation.winner] == 20
+    assert list(simulation.epochs.values()).count(20) == 1
+
+
 def test_a_promoted_trial_is_the_same_trial_and_goes_on_to_the_next_rung() -> None:
     simulation = Simulation(make_job(), make_search()).run()
 

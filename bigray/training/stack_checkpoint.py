@@ -1,0 +1,211 @@
+"""A stack on storage, and any lane of it as an ordinary checkpoint (worker; reading also where a bundle is exported).
+
+stacks/<name>/<rank>/
+  model.safetensors       weights of all lanes of the rank, each tensor named `<lane>/<name>`
+  optimizer.safetensors   optimizer state, likewise
+  best.safetensors        weights of the best epoch, of lanes where it is not this one
+  lanes.json              the trials and their progress, in the order of the lanes
+
+The manifest, written last, names the lanes too, so that a lane is found without reading the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from bigray.errors import StorageError
+from bigray.paths import RunPaths
+from bigray.specs import TrialSpec
+from bigray.storage import MANIFEST, Content, commit_folder, read_files, read_manifest, remove_leftovers
+from bigray.training.checkpoint import Checkpoint, Progress
+from bigray.training.checkpoint_writer import save_checkpoint
+from bigray.training.sharded import JoinedTensors
+from bigray.training.tensor_files import StateDict, check_tensor_file, pack_tensors, tensor_chunks
+
+if TYPE_CHECKING:
+    from bigray.training.stack import StackedTraining
+
+FORMAT = 1
+"""Of the folder; in its manifest. A higher number is a newer bigray's."""
+LANES = "lanes.json"
+_STEMS = ("model", "optimizer", "best")
+
+
+def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: StackedTraining) -> None:
+    """Commit the lanes of this rank in place of what its folder held. The tensors are written as they lie in memory.
+
+    Raises:
+        DiskFull: nothing of it is left on storage.
+        StorageError: it cannot be written, or a newer attempt has taken over.
+    """
+    paths.fence(attempt)
+    folder = _folder(paths, name, rank)
+    progresses = training.progresses()
+    states = [training.lane_state(lane) for lane in range(len(training.lanes))]
+    files: dict[str, Content] = {LANES: json.dumps([asdict(progress) for progress in progresses]).encode()}
+    for stem in _STEMS:
+        tensors: StateDict = {}
+        for lane, state in enumerate(states):
+            tensors |= {f"{lane}/{key}": tensor for key, tensor in (state or {}).get(stem, {}).items()}
+        if tensors:
+            files[f"{stem}.safetensors"] = tensor_chunks(tensors)
+    entries = [
+        {"trial_id": trial.trial_id, "config_hash": trial.config_hash, "step": progress.step, "record": state is None}
+        for trial, progress, state in zip(training.lanes, progresses, states, strict=True)
+    ]
+    commit_folder(
+        paths.storage,
+        folder,
+        files,
+        {"format": FORMAT, "attempt": attempt, "lanes": entries},
+        token=f"{attempt:04d}-{secrets.token_hex(4)}",
+        before_commit=lambda: paths.fence(attempt),
+    )
+    remove_leftovers(paths.storage, folder, read_manifest(paths.storage, folder))
+
+
+def read_lane(paths: RunPaths, name: str, trial: TrialSpec) -> Checkpoint:
+    """One lane of a stack as the trial's own checkpoint, verified; whichever rank had it.
+
+    Raises:
+        StorageError: the stack has no such lane, or it is damaged, of other settings, or of a newer bigray.
+    """
+    return read_lanes(paths, [(name, trial)])[0]
+
+
+def read_lanes(paths: RunPaths, wanted: Sequence[tuple[str, TrialSpec]]) -> list[Checkpoint]:
+    """As `read_lane` for several, (stack, trial) each: a rank's folder that holds many of them is read once.
+
+    Raises:
+        StorageError: as `read_lane`.
+    """
+    found: dict[int, Checkpoint] = {}
+    stacks = {name: _ranks(paths, name) for name, _ in wanted}
+    by_folder: dict[str, list[int]] = {}
+    manifests: dict[str, dict[str, Any]] = {}
+    for number, (name, trial) in enumerate(wanted):
+        rank = _rank_of(paths, name, stacks[name], trial)
+        by_folder.setdefault(rank.folder, []).append(number)
+        manifests[rank.folder] = rank.manifest
+    for folder, numbers in by_folder.items():
+        held = _read_folder(paths, folder, manifests[folder])
+        for number in numbers:
+            found[number] = held.checkpoint(wanted[number][1])
+    return [found[number] for number in range(len(wanted))]
+
+
+def save_lane(paths: RunPaths, trial: TrialSpec, attempt: int, checkpoint: Checkpoint) -> None:
+    """Commit a lane's state as the trial's own checkpoint: what stays when the stack is gone.
+
+    Raises:
+        StorageError: only the record of the lane is left, it cannot be written, or a newer attempt has taken over.
+    """
+    checkpoint.best_file()  # refuses where there are no weights
+    save_checkpoint(paths, trial, attempt, checkpoint.progress, checkpoint.files)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank's committed folder."""
+
+    folder: str
+    manifest: dict[str, Any]
+
+    def lane_of(self, trial_id: str) -> int | None:
+        ids = [entry["trial_id"] for entry in self.manifest["lanes"]]
+        return ids.index(trial_id) if trial_id in ids else None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A rank's folder, read and verified."""
+
+    rank: _Rank
+    place: str
+    progresses: list[Progress]
+    tensors: Mapping[str, tuple[Mapping[str, Any], dict[int, list[str]]]]
+    """Stem -> tensors of all lanes, and the names of each lane's."""
+
+    def checkpoint(self, trial: TrialSpec) -> Checkpoint:
+        lane = self.rank.lane_of(trial.trial_id)
+        assert lane is not None, "found by its trial"
+        entry = self.rank.manifest["lanes"][lane]
+        if entry["config_hash"] != trial.config_hash:
+            raise StorageError(
+                f"{self.place}/{MANIFEST}: lane '{trial.trial_id}' is of another model or settings, "
+                f"expected {trial.config_hash}, found {entry['config_hash']}"
+            )
+        files = {}
+        for stem, (tensors, names) in self.tensors.items():
+            if own := names.get(lane):
+                files[f"{stem}.safetensors"] = pack_tensors({name.split("/", 1)[1]: tensors[name] for name in own})
+        return Checkpoint(self.progresses[lane], files, bool(entry["record"]), self.place)
+
+
+def _folder(paths: RunPaths, name: str, rank: int) -> str:
+    return f"{paths.stack(name)}/{rank}"
+
+
+def _ranks(paths: RunPaths, name: str) -> list[_Rank]:
+    """Committed folders of a stack; what has no manifest was never finished."""
+    folders = [f"{paths.stack(name)}/{rank}" for rank in paths.storage.list_names(paths.stack(name))]
+    committed = [folder for folder in folders if paths.storage.exists(f"{folder}/{MANIFEST}")]
+    return [_Rank(folder, _checked_manifest(paths, folder)) for folder in committed]
+
+
+def _checked_manifest(paths: RunPaths, folder: str) -> dict[str, Any]:
+    manifest = read_manifest(paths.storage, folder)
+    place = f"{paths.storage.uri}/{folder}/{MANIFEST}"
+    written = manifest.get("format")
+    if not isinstance(written, int) or not 1 <= written <= FORMAT:
+        raise StorageError(f"{place}: expected format {FORMAT} or lower, found {written}")
+    try:
+        for entry in manifest["lanes"]:
+            str(entry["trial_id"]), str(entry["config_hash"]), int(entry["step"]), bool(entry["record"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{place}: not a stack's manifest: {error}") from error
+    if LANES not in manifest["files"]:
+        raise StorageError(f"{place}: expected {LANES} among its files, found none")
+    return manifest
+
+
+def _rank_of(paths: RunPaths, name: str, ranks: Sequence[_Rank], trial: TrialSpec) -> _Rank:
+    """The rank that took a trial furthest: with another number of ranks an older save may lie beside the newest."""
+    having = [(rank, lane) for rank in ranks if (lane := rank.lane_of(trial.trial_id)) is not None]
+    if not having:
+        place = f"{paths.storage.uri}/{paths.stack(name)}"
+        raise StorageError(f"{place}: no committed lane of trial '{trial.trial_id}'")
+    return max(having, key=lambda pair: (pair[0].manifest["lanes"][pair[1]]["step"], pair[0].manifest["attempt"]))[0]
+
+
+def _read_folder(paths: RunPaths, folder: str, manifest: dict[str, Any]) -> _Held:
+    place = f"{paths.storage.uri}/{folder}"
+    files = read_files(paths.storage, folder, manifest)
+    progresses = _progresses(files.pop(LANES), len(manifest["lanes"]), f"{place}/{LANES}")
+    tensors = {}
+    for stem in _STEMS:
+        if (data := files.get(f"{stem}.safetensors")) is not None:
+            check_tensor_file(data, f"{place}/{stem}.safetensors")
+            joined = JoinedTensors({f"{stem}.safetensors": data}, stem, place)
+            names: dict[int, list[str]] = {}
+            for name in joined:
+                names.setdefault(int(name.split("/", 1)[0]), []).append(name)
+            tensors[stem] = (joined, names)
+    return _Held(_Rank(folder, manifest), place, progresses, tensors)
+
+
+def _progresses(data: bytes, num_lanes: int, place: str) -> list[Progress]:
+    try:
+        documents = json.loads(data)
+        for document in documents:
+            document["improvements"] = tuple((epoch, value) for epoch, value in document["improvements"])
+        progresses = [Progress(**document) for document in documents]
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{place}: not the progress of lanes: {error}") from error
+    if len(progresses) != num_lanes:
+        raise StorageError(f"{place}: expected {num_lanes} lanes, found {len(progresses)}")
+    return progresses

@@ -1,0 +1,53 @@
+"""Ray Train's trainer without the helper processes that bigray has no use for: each takes seconds of a core to start.
+
+Imports Ray Train, and no torch: the driver's threads and Ray Train's controller use it, and train nothing themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from bigray.cluster.connect import is_embedded
+from bigray.training.barrier import NoBarrier
+
+_NO_USE_FOR = (
+    DatasetsCallback,  # the workers map one copy of the arrays
+    PlacementGroupCleanerCallback,  # it asks the dashboard who is dead; `groups` and the end of the driver see to it
+)
+
+
+class _FixedSize(FixedScalingPolicy):  # type: ignore[misc]
+    """Asks no autoscaler for nodes: one machine that was started for this run does not grow."""
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+class _WithoutBarrier(WorkerGroupCallback):  # type: ignore[misc]
+    """Ray Train 2.60 lets nobody choose the actor at which `ray.train.report` meets; here nobody calls it."""
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        worker_group.SynchronizationActor = ray.remote(num_cpus=0)(NoBarrier)  # in the controller's own process
+
+
+class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """Runs one worker group (driver thread)."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        usual = super()._create_default_callbacks()
+        return [_WithoutBarrier(), *(it for it in usual if not isinstance(it, _NO_USE_FOR))]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if is_embedded() and not self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = _FixedSize(self.scaling_config)
+        return super()._initialize_and_run_controller(**parts)

@@ -1,0 +1,43 @@
+"""Which ends of a worker group's Ray Train run are survived."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from bigray.training.groups import is_a_death
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayActorError(),
+        ControllerError(ActorDiedError()),
+        ControllerError(WorkerGroupStartupFailedError("at least one replacement worker failed to initialize")),
+    ],
+)
+def test_a_group_survives_the_death_of_its_controller_or_of_a_worker_while_another_is_placed(error: Exception) -> None:
+    assert is_a_death(pickle.loads(pickle.dumps(error)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ControllerError(WorkerGroupStartupTimeoutError(num_workers=2)),
+        ControllerError(InsufficientClusterResourcesError("no GPU")),
+        ControllerError(ValueError("a fault of ours")),
+        WorkerGroupError("a fault of ours", {0: ValueError()}),
+        RuntimeError("a fault of ours"),
+    ],
+)
+def test_a_group_that_cannot_be_placed_or_fails_by_itself_ends(error: Exception) -> None:
+    assert not is_a_death(pickle.loads(pickle.dumps(error)))

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from bigray.errors import TrainingFailed
+from bigray.results import Finalist, TrialResult, TrialStatus
+from bigray.tuning.evidence import choose_finalists, judge, needs_latency, t_quantile, why_it_won
+
+CLEAR = (0.990, 0.991, 0.992, 0.991, 0.990)
+CLOSE = (0.985, 0.995, 0.990, 0.996, 0.987)
+POOR = (0.90, 0.91, 0.90, 0.91, 0.90)
+
+
+def _result(trial_id: str, value: float | None, status: TrialStatus = "finished") -> TrialResult:
+    metrics = {} if value is None else {"val_accuracy": value}
+    return TrialResult(trial_id, trial_id.split("-")[1], {}, status, 5, 5, 50, metrics)
+
+
+def _judge(values: Mapping[str, Sequence[float]], sizes: Mapping[str, int] | None = None, **more: Any) -> Any:
+    by_seed = {trial: {f"{trial}-seed{n}": value for n, value in enumerate(found)} for trial, found in values.items()}
+    arguments = {"mode": "max", "num_parameters": {trial: (sizes or {}).get(trial, 100) for trial in values}} | more
+    return judge(by_seed, model_names=_models(values), **arguments)
+
+
+def _models(trials: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
+    return {trial: trial.split("-")[1] for trial in trials}
+
+
+def _why(finalists: Sequence[Finalist], mode: Any = "max") -> str:
+    return why_it_won(finalists, "val_accuracy", mode, _models([one.trial_id for one in finalists]))
+
+
+def test_the_best_are_the_finalists() -> None:
+    results = [_result("000-mlp", 0.8), _result("001-mlp", 0.9, "halted"), _result("002-mlp", 0.7)]
+
+    assert [one.trial_id for one in choose_finalists(results, 2, "val_accuracy", "max")] == ["001-mlp", "000-mlp"]
+    assert [one.trial_id for one in choose_finalists(results, 9, "val_accuracy", "min")] == [
+        *("002-mlp", "000-mlp", "001-mlp")
+    ]
+
+
+def test_a_trial_that_failed_or_diverged_is_no_finalist_whatever_it_had_reached() -> None:
+    results = [
+        _result("000-mlp", 0.99, "diverged"),
+        _result("001-mlp", 0.98, "failed"),
+        _result("002-mlp", None, "halted"),
+        _result("003-mlp", math.nan),
+        _result("004-mlp", 0.5),
+    ]
+
+    assert [one.trial_id for one in choose_finalists(results, 3, "val_accuracy", "max")] == ["004-mlp"]
+
+
+def test_the_interval_is_student_s() -> None:
+    # mean 3, standard deviation sqrt(2.5), t(4) = 2.776445
+    (finalist,) = _judge({"000-mlp": (1, 2, 3, 4, 5)})
+
+    half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)
+    assert finalist.mean == 3.0
+    assert (finalist.low, finalist.high) == pytest.approx((3 - half, 3 + half), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    # NIST/SEMATECH e-Handbook of Statistical Methods, table 1.3.6.7.2, column 0.975
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (30, 2.042), (100, 1.984)],
+)
+def test_the_quantiles_are_those_of_the_table(degrees: int, expected: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(expected, abs=5e-4)
+
+
+def test_the_better_mean_wins_where_the_intervals_do_not_overlap_whatever_it_costs() -> None:
+    finalists = _judge({"000-mlp": POOR, "001-cnn": CLEAR}, {"000-mlp": 10, "001-cnn": 10_000})
+
+    assert [one.trial_id for one in finalists] == ["001-cnn", "000-mlp"]
+    assert [one.is_tied for one in finalists] == [True, False]
+    assert _why(finalists) == (
+        "001-cnn: val_accuracy 0.991 ± 0.001 against 0.904 ± 0.007 of 000-mlp; the intervals do not overlap"
+    )
+
+
+def test_of_tied_finalists_the_smaller_wins() -> None:
+    finalists = _judge({"007-cnn": CLOSE, "012-mlp": CLEAR}, {"007-cnn": 61_322, "012-mlp": 9_610})
+
+    assert [one.trial_id for one in finalists] == ["012-mlp", "007-cnn"]
+    assert all(one.is_tied for one in finalists)
+    assert _why(finalists) == (
+        "012-mlp: tied with 007-cnn on val_accuracy (0.991 ± 0.001, 0.991 ± 0.006) and has fewer parameters "
+        "(9,610 < 61,322)"
+    )
+
+
+def test_the_smaller_wins_a_tie_also_with_the_worse_mean() -> None:
+    finalists = _judge({"000-cnn": CLOSE, "001-mlp": (0.98, 0.99, 0.995)}, {"000-cnn": 500})
+
+    assert finalists[0].trial_id == "001-mlp" and finalists[0].mean < finalists[1].mean
+
+
+def test_after_the_winner_they_are_sorted_by_mean() -> None:
+    finalists = _judge({"000-mlp": POOR, "001-mlp": CLEAR, "002-mlp": CLOSE}, {"002-mlp": 1})
+
+    assert [one.trial_id for one in finalists] == ["002-mlp", "001-mlp", "000-mlp"]
+
+
+def test_of_a_metric_that_is_minimised_the_lower_mean_wins() -> None:
+    finalists = _judge({"000-mlp": (1.0, 1.1, 1.2), "001-mlp": (0.1, 0.11, 0.12)}, mode="min")
+
+    assert [one.trial_id for one in finalists] == ["001-mlp", "000-mlp"]
+    assert finalists[0].best_seed_trial == "001-mlp-seed0"
+
+
+def test_latency_decides_between_equally_large_models_only_beyond_ten_per_cent() -> None:
+    values = {"000-mlp": CLEAR, "001-cnn": CLOSE}
+    clearly = _judge(values, latency_ms={"000-mlp": 1.2, "001-cnn": 1.0})
+    hardly = _judge(values, latency_ms={"000-mlp": 1.09, "001-cnn": 1.0})
+
+    assert clearly[0].trial_id == "001-cnn" and clearly[0].latency_ms == 1.0
+    assert _why(clearly).endswith("and is faster (1 ms < 1.2 ms a row)")
+    assert hardly[0].trial_id == "000-mlp"  # by its mean
+    assert _why(hardly).endswith("and has the better mean")
+
+
+def test_trials_of_one_model_are_never_told_apart_by_latency() -> None:
+    assert (
+        _judge({"000-mlp": CLEAR, "001-mlp": CLOSE}, latency_ms={"000-mlp": 9, "001-mlp": 1})[0].trial_id == "000-mlp"
+    )
+
+
+def test_latency_is_asked_for_only_where_it_decides() -> None:
+    values = {"000-mlp": CLEAR, "001-cnn": CLOSE, "002-cnn": POOR}
+
+    assert needs_latency(_judge(values), _models(values)) == ("000-mlp", "001-cnn")
+    assert needs_latency(_judge(values, {"001-cnn": 7}), _models(values)) == ()
+    assert needs_latency(_judge({"000-mlp": CLEAR, "003-mlp": CLOSE}), _models(["000-mlp", "003-mlp"])) == ()
+
+
+def test_identical_values_are_a_tie_of_no_width_and_the_earlier_trial_wins() -> None:
+    finalists = _judge({"000-mlp": (1.0, 1.0), "001-mlp": (1.0, 1.0), "002-mlp": (0.999, 0.999)})
+
+    assert [one.trial_id for one in finalists] == ["000-mlp", "001-mlp", "002-mlp"]
+    assert [one.is_tied for one in finalists] == [True, True, False]
+    assert (finalists[0].low, finalists[0].high) == (1.0, 1.0)
+    assert _why(finalists) == "000-mlp: tied with 001-mlp on val_accuracy (1 ± 0, 1 ± 0) and came first"
+
+
+def test_two_seeds_are_enough_for_an_interval_and_it_is_wide() -> None:
+    finalists = _judge({"000-mlp": (0.90, 0.92), "001-mlp": (0.95, 0.96)}, {"000-mlp": 1})
+
+    assert finalists[0].trial_id == "000-mlp"  # 0.91 +- 0.13 reaches 0.955: no evidence against the smaller one
+
+
+def test_a_finalist_with_one_seed_left_cannot_win_beside_those_with_more() -> None:
+    finalists = _judge({"000-mlp": (0.999,), "001-mlp": CLEAR}, {"000-mlp": 1})
+
+    assert [one.trial_id for one in finalists] == ["001-mlp", "000-mlp"]
+    assert not finalists[1].is_tied
+    assert _why(finalists).endswith("against 0.999, one seed of 000-mlp, which has too few seeds to win")
+
+
+def test_where_all_have_one_seed_left_nothing_tells_them_apart_but_the_cost() -> None:
+    finalists = _judge({"000-mlp": (0.99,), "001-mlp": (0.5,)}, {"001-mlp": 1})
+
+    assert finalists[0].trial_id == "001-mlp" and all(one.is_tied for one in finalists)
+
+
+def test_seeds_that_diverged_do_not_count() -> None:
+    finalists = _judge({"000-mlp": (math.nan, 0.9, 0.9), "001-mlp": (math.inf, math.nan), "002-mlp": ()})
+
+    assert [one.trial_id for one in finalists] == ["000-mlp", "001-mlp", "002-mlp"]
+    assert finalists[0].values == (0.9, 0.9)
+    assert finalists[1].values == () and finalists[1].best_seed_trial == ""
+    assert _why(finalists) == "000-mlp: the only finalist with a val_accuracy (0.9 ± 0)"
+
+
+def test_without_any_value_there_is_no_winner() -> None:
+    with pytest.raises(TrainingFailed, match="every seed of every finalist failed or diverged"):
+        _judge({"000-mlp": (math.nan,), "001-mlp": ()})
+
+
+def test_the_best_seed_is_what_would_be_deployed() -> None:
+    (finalist,) = _judge({"000-mlp": (0.90, 0.93, 0.91)})
+
+    assert finalist.best_seed_trial == "000-mlp-seed1"
+    assert pickle.loads(pickle.dumps(finalist)) == finalist
