@@ -15,8 +15,8 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/sweep_overhead.py
-	for name in checkpoint_stall input_pipeline launch recovery reporting training_throughput serve_throughput; do \
+	for name in thousand_trials sweep_overhead controller_cost grid_accuracy checkpoint_stall input_pipeline launch \
+		recovery reporting training_throughput serve_throughput; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 .venv/installed: pyproject.toml constraints.txt

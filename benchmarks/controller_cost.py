@@ -26,7 +26,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ PARTS = {
 }
 EPOCHS = 20
 SLOTS = 2
-LEDGER = {"start_s": 0.001, "data_s": 0.002, "compute_s": 0.03, "evaluation_s": 0.004, "cpu_s": 0.05}
+LEDGER: dict[str, Any] = {"start_s": 0.001, "data_s": 0.002, "compute_s": 0.03, "evaluation_s": 0.004, "cpu_s": 0.05}
 
 Figures = dict[str, dict[str, float]]
 """By number of trials: microseconds a result of each part, and counts."""
@@ -84,8 +83,7 @@ def measure(peer: str, size: str, folder: Path) -> Figures:
     is_stacked = peer == "stacked"
     SimulatedDriver(100, is_stacked, folder / "first").run()  # imports, and what Python does once
     return {
-        str(trials): SimulatedDriver(trials, is_stacked, folder / str(trials)).run().figures
-        for trials in SIZES[size]
+        str(trials): SimulatedDriver(trials, is_stacked, folder / str(trials)).run().figures for trials in SIZES[size]
     }
 
 
@@ -107,9 +105,10 @@ class SimulatedDriver:
         from bigray.tuning.sweep import Sweep
 
         self._is_stacked = is_stacked
-        self._cpu_s: Counter[str] = Counter()
+        self._cpu_s: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._num_results, self._num_legs = 0, 0
         self._epochs: Counter[str] = Counter()
+        """Of each trial so far."""
         self._legs: deque[tuple[str, Any]] = deque()
         self._news: list[Event] = []
         self._offered: Any = None
@@ -319,13 +318,14 @@ def show(figures: dict[str, Figures], sizes: Sequence[int]) -> None:
             continue
         legs = [f"{of_peer[name]['legs']:,.0f} / {of_peer[name]['results']:,.0f}" for name in names]
         rows.append((f"{LABELS[peer]}: legs / results", *legs, ""))
-        rows += [row_of(f"  {label}", [value_at(of_peer, name, part) for name in names]) for part, label in PARTS.items()]
+        for part, label in PARTS.items():
+            rows.append(row_of(f"  {label}", [value_at(of_peer, name, part) for name in names]))
         rows.append(row_of(f"{LABELS[peer]}: all", [total(of_peer[name]) for name in names]))
     if "tune tuned" in figures:
         leg_us = list(figures["tune tuned"].values())[-1]["cpu"]
         for peer in [peer for peer in figures if not peer.startswith("tune")]:
-            of_peer = figures[peer]
-            values = [total(of_peer[name]) + leg_us * of_peer[name]["legs"] / of_peer[name]["results"] for name in names]
+            of_sizes = [figures[peer][name] for name in names]
+            values = [total(one) + leg_us * one["legs"] / one["results"] for one in of_sizes]
             rows.append(row_of(f"{LABELS[peer]}: all, and Tune for the legs", values))
     title = "microseconds of the driver's processor time a result, by the number of trials (bigray: SIMULATED)"
     print_table(title, ("", *(f"{trials:,} trials" for trials in sizes), "slope"), rows)

@@ -24,6 +24,8 @@ TUNED = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTIO
 TUNE_TUNED = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 """No CSV, JSON and TensorBoard files of each trial: what makes plain Tune quickest."""
 DEADLINE_S = 400.0
+LONGEST_RUN_S = 3600.0
+"""Of one peer in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,16 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "RAY_AUTH_MODE": "token", **more}
 
 
-def run_in_own_process(script: str, *arguments: str, deadline_s: float = DEADLINE_S, **environment: str) -> Any:
+def run_in_own_process(script: str, *arguments: str, **environment: str) -> Any:
     """Run a script of this folder with the Python of this process; returns the JSON document in its last line."""
     command = [sys.executable, script, *arguments]
     done = subprocess.run(
-        command, env=clean_environment(**environment), capture_output=True, text=True, check=False, timeout=deadline_s
+        command,
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONGEST_RUN_S,
     )
     if done.returncode != 0:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

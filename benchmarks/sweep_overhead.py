@@ -91,7 +91,7 @@ def a_trial_of_bigray(trials: int, folder: Path, stack: str) -> float:
             "storage": str(folder / "runs"),
             "data": data,
             "models": {"linear": {"factory": "bigray.models:linear"}},
-            "training": {"task": "classification", "epochs": 1, "global_batch_size": 2 * ROWS, "optimizer": "sgd"},
+            "training": {"task": "classification", "epochs": 1, "global_batch_size": ROWS, "optimizer": "sgd"},
             "scaling": {"num_workers": 2},
         }
     )

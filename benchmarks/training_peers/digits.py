@@ -40,7 +40,7 @@ class DigitsTraining:
     ) -> None:
         self._x, self._y, self._x_val, self._y_val = tensors
         self._batch, self._rank, self._world_size = batch, rank, world_size
-        self.epoch = 0
+        self.epoch, self._best = 0, 0.0
         torch.manual_seed(0)
         shape = tuple(self._x.shape[1:])
         self._network = wrap(build_model("bigray.models:mlp", {"hidden": [HIDDEN]}, shape, NUM_CLASSES))
@@ -59,11 +59,14 @@ class DigitsTraining:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """Validation metrics, and the number of epochs trained."""
+        """Validation metrics, the best accuracy of all calls, and the number of epochs trained."""
         self._network.eval()
         outputs = self._network(self._x_val)
+        accuracy = float((outputs.argmax(dim=1) == self._y_val).float().mean())
+        self._best = max(self._best, accuracy)
         return {
             "epoch": self.epoch,
             "val_loss": float(functional.cross_entropy(outputs, self._y_val)),
-            "val_accuracy": float((outputs.argmax(dim=1) == self._y_val).float().mean()),
+            "val_accuracy": accuracy,
+            "best_accuracy": self._best,
         }

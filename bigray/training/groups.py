@@ -82,7 +82,7 @@ def open_groups(
 ) -> Iterator[WorkerGroups]:
     """Hold `count` groups for the length of a `with` block (driver). They start in the background.
 
-    The training arrays go into the object store once. On Ctrl-C or SIGTERM the groups commit a checkpoint first.
+    The training arrays go into the object store once. On Ctrl-C or SIGTERM, call `hold_all` before the block is left.
     """
     # no CPU of its own: the groups' workers may hold every CPU there is; on the driver's node, whose end ends the run
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -114,9 +114,8 @@ def open_groups(
             _stop(switchboard, groups)
             raise
         except BaseException:
-            # Ctrl-C: the workers may be hours from their next command, so they are not waited for long once their state
-            # is safe; they end on finding the switchboard gone, or with this process's connection
-            _hold_all(switchboard)
+            # Ctrl-C: the workers may be hours from their next command, so they are not waited for long; they end on
+            # finding the switchboard gone, or with this process's connection. Their state is safe by now (`hold_all`)
             is_over.set()
             ray.kill(switchboard)
             _join([*groups, *helpers], LETTING_GO_S)
@@ -268,7 +267,8 @@ def _ask_until(is_over: threading.Event, reference: Any) -> None:
             return
 
 
-def _hold_all(switchboard: Any) -> None:
+def hold_all(switchboard: Any) -> None:
+    """Have every group commit a checkpoint and stop (driver, before it ends)."""
     with contextlib.suppress(ray.exceptions.RayError):  # the cluster is gone: the last commit stands
         ray.get(switchboard.hold_all.remote(HOLD_TIMEOUT_S), timeout=HOLD_TIMEOUT_S + 5)
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from bigray.training.answers import Address as Address
+from bigray.training.answers import Address
 from bigray.training.membership import Place
 
 FORMING_TIMEOUT_S = 20.0

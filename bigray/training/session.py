@@ -31,7 +31,7 @@ from bigray.results import Finalist, Leaderboard, TrialResult
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, open_storage
 from bigray.training.commands import Event, ExportBundle
-from bigray.training.groups import WorkerGroups, open_groups, preload
+from bigray.training.groups import WorkerGroups, hold_all, open_groups, preload
 from bigray.training.housekeeping import Housekeeping
 from bigray.training.request import RunRequest
 from bigray.training.switchboard import ask
@@ -204,6 +204,11 @@ def _event_stream(
     thread.start()
     try:
         yield
+    except Exception:
+        raise
+    except BaseException:  # told to end: the checkpoints that are made now belong into the journal
+        hold_all(groups.switchboard)
+        raise
     finally:
         ended.set()
         thread.join()
@@ -240,10 +245,16 @@ def _winner(
 ) -> TrialResult:
     board = make_board(request, paths, events, 0.0, judge)
     if not board.trials or board.metric not in board.winner.metrics:
-        errors = sorted({result.error for result in board.trials if result.error})
-        cause = errors[0] if errors else "every trial diverged; try smaller learning rates"
-        raise TrainingFailed(f"{paths.run_id}: no trial reached a value of {board.metric}: {cause}")
+        raise TrainingFailed(f"{paths.run_id}: no trial reached a value of {board.metric}: {_why_none(board, events)}")
     return board.winner
+
+
+def _why_none(board: Leaderboard, events: Sequence[Mapping[str, Any]]) -> str:
+    if errors := sorted({result.error for result in board.trials if result.error}):
+        return errors[0]
+    if any(event["kind"] == "budget" for event in events):
+        return "the budget was used up before one was validated; the same command with a larger one goes on"
+    return "every trial diverged; try smaller learning rates"
 
 
 def _selection(request: RunRequest) -> tuple[str, Any]:
@@ -266,9 +277,14 @@ def _export(
 
 
 def stack_of(trial_id: str, events: Iterable[Mapping[str, Any]]) -> str | None:
-    """The stack that holds a trial's newest state; None where it has a folder of its own."""
+    """The stack that holds a trial's newest state; None where it has a folder of its own.
+
+    When a run is complete its stacks go, and the winner has a folder.
+    """
     stack = None
     for event in events:
+        if event["kind"] == "completed" and event["whole"]:
+            stack = None
         for outcome in event["outcomes"] if event["kind"] == "leg" else ():
             if outcome["trial"] == trial_id:
                 stack = outcome["stack"]

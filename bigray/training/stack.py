@@ -190,18 +190,20 @@ class StackedTraining:
 
     def _take_step(self, losses: torch.Tensor) -> None:
         """Change the weights. A lane whose loss or gradient is not finite ends instead, with the weights it has."""
-        norms = self._gradient_norms()
-        is_finite = (losses + norms.sum(dim=0)).isfinite()
-        if not bool(is_finite.all()):
-            self._end_diverged(losses, norms)
-            losses, norms = losses[is_finite], norms[:, is_finite]
+        if not self._is_all_finite(losses):
+            losses = self._end_diverged(losses)
             if not self._rows:
                 return
         if self._spec.clip_norm is not None:
-            self._clip(norms, self._spec.clip_norm)
+            self._clip(self._gradient_norms(), self._spec.clip_norm)
         factor = lr_factor(self._spec.schedule, self._step, self._spec.epochs * self._steps_per_epoch)
         self._optimizer.step([factor * self._records[lane].lr_scale for lane in self._rows])
         self._loss_sums += losses
+
+    def _is_all_finite(self, losses: torch.Tensor) -> bool:
+        """Whether no loss and no gradient is NaN or infinite, of all lanes at once; False too where a sum overflows."""
+        norms = torch._foreach_norm(self._optimizer.gradients)
+        return math.isfinite(torch.stack([losses.sum(), *norms]).sum().item())
 
     def _gradient_norms(self) -> torch.Tensor:
         """(parameters, lanes)"""
@@ -213,18 +215,16 @@ class StackedTraining:
         for gradient in self._optimizer.gradients:
             gradient.mul_(factors.view(-1, *(1 for _ in gradient.shape[1:])))
 
-    def _end_diverged(self, losses: torch.Tensor, norms: torch.Tensor) -> None:
-        """End the lanes of a step that cannot be taken."""
-        finite_losses, names = losses.isfinite().tolist(), list(self._parameters)
-        diverged = {}
-        for row, lane in enumerate(self._rows):
-            odd = [name for name, ok in zip(names, norms[:, row].isfinite().tolist(), strict=True) if not ok]
-            if not finite_losses[row]:
-                diverged[lane] = "loss"
-            elif odd:
-                diverged[lane] = f"gradient of '{odd[0]}'"
-            elif not bool(norms[:, row].sum().isfinite()):
-                diverged[lane] = "norm of the gradients"
+    def _end_diverged(self, losses: torch.Tensor) -> torch.Tensor:
+        """End the lanes whose step cannot be taken, where there are any; returns the losses of the others."""
+        are_finite, names = losses.isfinite().tolist(), list(self._parameters)
+        diverged: dict[int, str] = {}
+        for row, norms in enumerate(self._gradient_norms().isfinite().t().tolist()):
+            if not are_finite[row]:
+                diverged[self._rows[row]] = "loss"
+            elif not all(norms):
+                diverged[self._rows[row]] = f"gradient of '{names[norms.index(False)]}'"
+        kept = [row for row, lane in enumerate(self._rows) if lane not in diverged]
         for lane in diverged:
             self._records[lane] = replace(
                 self._records[lane],
@@ -238,6 +238,7 @@ class StackedTraining:
         self._drop(list(diverged))
         for lane, fault in diverged.items():
             self._report(lane, math.nan, 0.0, 0.0, f"step {self._step + 1}: {fault} is not finite")
+        return losses[kept]
 
     def _end_epoch(self, started: float) -> None:
         """Validate where it is due, decide which lanes have ended, and report."""

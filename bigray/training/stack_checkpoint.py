@@ -1,12 +1,11 @@
 """A stack on storage, and any lane of it as an ordinary checkpoint (worker; reading also where a bundle is exported).
 
 stacks/<name>/<rank>/
-  model.safetensors       weights of all lanes of the rank, each tensor named `<lane>/<name>`
-  optimizer.safetensors   optimizer state, likewise
-  best.safetensors        weights of the best epoch, of lanes where it is not this one
-  lanes.json              the trials and their progress, in the order of the lanes
+  lanes.safetensors   all tensors of the rank's lanes, each named `<lane>/<stem>/<name>`: model/..., optimizer/...
+  lanes.json          their progress, in the same order
 
-The manifest, written last, names the lanes too, so that a lane is found without reading the tensors.
+The manifest, written last, names the trials, so that a lane is found without reading the tensors. One file of tensors:
+each file costs a wait for the disk, and a stack is saved after a second of training.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bigray.errors import StorageError
@@ -24,15 +23,16 @@ from bigray.storage import MANIFEST, Content, commit_folder, read_files, read_ma
 from bigray.training.checkpoint import Checkpoint, Progress
 from bigray.training.checkpoint_writer import save_checkpoint
 from bigray.training.sharded import JoinedTensors
-from bigray.training.tensor_files import StateDict, check_tensor_file, pack_tensors, tensor_chunks
+from bigray.training.tensor_files import check_tensor_file, pack_tensors, tensor_chunks
 
 if TYPE_CHECKING:
+    import torch
+
     from bigray.training.stack import StackedTraining
 
 FORMAT = 1
 """Of the folder; in its manifest. A higher number is a newer bigray's."""
-LANES = "lanes.json"
-_STEMS = ("model", "optimizer", "best")
+LANES, TENSORS = "lanes.json", "lanes.safetensors"
 
 
 def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: StackedTraining) -> None:
@@ -46,13 +46,16 @@ def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: St
     folder = _folder(paths, name, rank)
     progresses = training.progresses()
     states = [training.lane_state(lane) for lane in range(len(training.lanes))]
-    files: dict[str, Content] = {LANES: json.dumps([asdict(progress) for progress in progresses]).encode()}
-    for stem in _STEMS:
-        tensors: StateDict = {}
-        for lane, state in enumerate(states):
-            tensors |= {f"{lane}/{key}": tensor for key, tensor in (state or {}).get(stem, {}).items()}
-        if tensors:
-            files[f"{stem}.safetensors"] = tensor_chunks(tensors)
+    tensors = {
+        f"{lane}/{stem}/{key}": tensor
+        for lane, state in enumerate(states)
+        for stem, named in (state or {}).items()
+        for key, tensor in named.items()
+    }
+    files: dict[str, Content] = {
+        LANES: json.dumps([vars(progress) for progress in progresses]).encode(),
+        TENSORS: tensor_chunks(tensors),
+    }
     entries = [
         {"trial_id": trial.trial_id, "config_hash": trial.config_hash, "step": progress.step, "record": state is None}
         for trial, progress, state in zip(training.lanes, progresses, states, strict=True)
@@ -84,7 +87,7 @@ def read_lanes(paths: RunPaths, wanted: Sequence[tuple[str, TrialSpec]]) -> list
         StorageError: as `read_lane`.
     """
     found: dict[int, Checkpoint] = {}
-    stacks = {name: _ranks(paths, name) for name, _ in wanted}
+    stacks = {name: _ranks(paths, name) for name in {name for name, _ in wanted}}
     by_folder: dict[str, list[int]] = {}
     manifests: dict[str, dict[str, Any]] = {}
     for number, (name, trial) in enumerate(wanted):
@@ -127,8 +130,9 @@ class _Held:
     rank: _Rank
     place: str
     progresses: list[Progress]
-    tensors: Mapping[str, tuple[Mapping[str, Any], dict[int, list[str]]]]
-    """Stem -> tensors of all lanes, and the names of each lane's."""
+    tensors: Mapping[str, torch.Tensor]
+    names: dict[int, dict[str, list[str]]]
+    """Lane -> stem -> the names of its tensors."""
 
     def checkpoint(self, trial: TrialSpec) -> Checkpoint:
         lane = self.rank.lane_of(trial.trial_id)
@@ -139,10 +143,10 @@ class _Held:
                 f"{self.place}/{MANIFEST}: lane '{trial.trial_id}' is of another model or settings, "
                 f"expected {trial.config_hash}, found {entry['config_hash']}"
             )
-        files = {}
-        for stem, (tensors, names) in self.tensors.items():
-            if own := names.get(lane):
-                files[f"{stem}.safetensors"] = pack_tensors({name.split("/", 1)[1]: tensors[name] for name in own})
+        files = {
+            f"{stem}.safetensors": pack_tensors({name.split("/", 2)[2]: self.tensors[name] for name in names})
+            for stem, names in self.names.get(lane, {}).items()
+        }
         return Checkpoint(self.progresses[lane], files, bool(entry["record"]), self.place)
 
 
@@ -168,8 +172,8 @@ def _checked_manifest(paths: RunPaths, folder: str) -> dict[str, Any]:
             str(entry["trial_id"]), str(entry["config_hash"]), int(entry["step"]), bool(entry["record"])
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{place}: not a stack's manifest: {error}") from error
-    if LANES not in manifest["files"]:
-        raise StorageError(f"{place}: expected {LANES} among its files, found none")
+    if missing := [name for name in (LANES, TENSORS) if name not in manifest["files"]]:
+        raise StorageError(f"{place}: expected {missing[0]} among its files, found none")
     return manifest
 
 
@@ -186,16 +190,13 @@ def _read_folder(paths: RunPaths, folder: str, manifest: dict[str, Any]) -> _Hel
     place = f"{paths.storage.uri}/{folder}"
     files = read_files(paths.storage, folder, manifest)
     progresses = _progresses(files.pop(LANES), len(manifest["lanes"]), f"{place}/{LANES}")
-    tensors = {}
-    for stem in _STEMS:
-        if (data := files.get(f"{stem}.safetensors")) is not None:
-            check_tensor_file(data, f"{place}/{stem}.safetensors")
-            joined = JoinedTensors({f"{stem}.safetensors": data}, stem, place)
-            names: dict[int, list[str]] = {}
-            for name in joined:
-                names.setdefault(int(name.split("/", 1)[0]), []).append(name)
-            tensors[stem] = (joined, names)
-    return _Held(_Rank(folder, manifest), place, progresses, tensors)
+    check_tensor_file(files[TENSORS], f"{place}/{TENSORS}")
+    tensors = JoinedTensors(files, TENSORS.partition(".")[0], place)
+    names: dict[int, dict[str, list[str]]] = {}
+    for name in tensors:
+        lane, stem, _ = name.split("/", 2)
+        names.setdefault(int(lane), {}).setdefault(stem, []).append(name)
+    return _Held(_Rank(folder, manifest), place, progresses, tensors, names)
 
 
 def _progresses(data: bytes, num_lanes: int, place: str) -> list[Progress]:

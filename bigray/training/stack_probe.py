@@ -76,8 +76,7 @@ def _endless(trial: TrialSpec) -> TrialSpec:
 
 def _fastest(train: Callable[[], object], hooks: _ProbeHooks, worker: Worker) -> float:
     """Seconds of one step. How many are taken is rank 0's to say: the ranks stop at the same one."""
-    _time(train, hooks, 2)  # the first step allocates
-    first_s = _time(train, hooks, 1)
+    first_s = min(_time(train, hooks, 1), _time(train, hooks, 1))  # the first of them allocates
     steps = max(1, min(_MOST_STEPS, int(_BLOCK_S / first_s)))
     blocks = 1 if first_s > _LONG_S else _BLOCKS
     steps, blocks = _of_rank_0([steps, blocks], worker)

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from bigray.data.dataset import TrainingArrays
-from bigray.errors import last_line
+from bigray.errors import SpecError, last_line
 from bigray.models import build_model
 from bigray.specs import TrainingSpec, TrialSpec
 from bigray.training.replica import seed_generator
@@ -29,7 +29,10 @@ def why_not_stacked(trial: TrialSpec, data: TrainingArrays, num_outputs: int, de
     if (reason := next(_settings_against(trial.training), None)) is not None:
         return reason
     seed_generator(device, trial.seed)
-    module = build_model(trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs).to(device)
+    try:
+        module = build_model(trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs).to(device)
+    except SpecError as error:  # the trial's own story, which it tells when it is trained alone
+        return f"the model cannot be built: {last_line(error)}"
     return next(_layers_against(module), None) or _failure_of_a_step(trial, module, data, num_outputs, device)
 
 

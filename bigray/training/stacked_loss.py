@@ -64,18 +64,23 @@ class _CrossEntropy:
     """
 
     def __init__(self, soft_targets: torch.Tensor) -> None:
-        """`soft_targets`: for each class the weights t of a row of that class."""
-        self._targets = soft_targets
+        """`soft_targets`: in row i the weights t of a row of class i."""
+        self._columns = soft_targets.t().contiguous()
+        totals = soft_targets.sum(dim=1)
+        self._totals = None if torch.allclose(totals, torch.ones(())) else totals
+        """sum(t) by class, where it is not 1 for all."""
 
     def gradient(self, outputs: torch.Tensor, y: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._targets.device != outputs.device:
-            self._targets = self._targets.to(outputs.device)
-        targets = self._targets[y].t().contiguous()
+        if self._columns.device != outputs.device:
+            self._columns = self._columns.to(outputs.device)
+            self._totals = None if self._totals is None else self._totals.to(outputs.device)
+        targets = self._columns.index_select(1, y)
         logarithms = torch.log_softmax(outputs.detach().float().transpose(1, 2), dim=1)
         sums = torch.mv(logarithms.flatten(1), targets.flatten()).neg_()
-        targets = targets * scale
-        found = logarithms.exp_().mul_(targets.sum(dim=0)).sub_(targets)
-        return sums, found.transpose(1, 2).to(outputs.dtype)
+        found = logarithms.exp_()
+        if self._totals is not None:
+            found.mul_(self._totals[y])
+        return sums, found.sub_(targets).mul_(scale).transpose(1, 2).to(outputs.dtype)
 
 
 def _soft_targets(spec: TrainingSpec, num_classes: int, y_train: NDArray[Any]) -> torch.Tensor:

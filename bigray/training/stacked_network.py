@@ -172,14 +172,18 @@ class _Affine:
     ) -> None:
         self._weight, self._weight_gradient, self._bias_gradient = weight, weight_gradient, bias_gradient
         self._bias = None if bias is None else bias.unsqueeze(2)
+        # all lanes as one matrix, for the layer whose input they share
+        self._joined_weight, self._joined_gradient = weight.flatten(0, 1), weight_gradient.flatten(0, 1)
+        self._joined_bias = None if bias is None else bias.flatten().unsqueeze(1)
         self._is_rectified = is_rectified
         """Whether what goes in has passed through a ReLU; the first layer gets what goes in from outside."""
 
     def forward_shared(self, rows: torch.Tensor) -> torch.Tensor:
         """From (rows, inputs), the same for all lanes."""
         lanes, num_outputs, _ = self._weight.shape
-        weight, columns = self._weight.flatten(0, 1), rows.t()
-        outputs = weight @ columns if self._bias is None else torch.addmm(self._bias.flatten(0, 1), weight, columns)
+        weight, columns = self._joined_weight, rows.t()
+        bias = self._joined_bias
+        outputs = weight @ columns if bias is None else torch.addmm(bias, weight, columns)
         return outputs.view(lanes, num_outputs, len(rows))
 
     def forward(self, before: torch.Tensor) -> torch.Tensor:
@@ -190,7 +194,7 @@ class _Affine:
         return torch.baddbmm(self._bias, self._weight, before)
 
     def backward_shared(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        torch.mm(gradient.flatten(0, 1), rows, out=self._weight_gradient.flatten(0, 1))
+        torch.mm(gradient.flatten(0, 1), rows, out=self._joined_gradient)
         self._sum_bias(gradient)
 
     def backward(self, before: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,6 @@ class StackedValidation:
         self._spec, self._task, self._num_outputs = spec, task, num_outputs
         self._x = torch.from_numpy(data.x_val.copy()).to(device)
         self._y = torch.from_numpy(data.y_val.copy()).to(device)
-        kinds = {"classification": _ClassCounts, "regression": _Errors}
-        self._kind = kinds.get(spec.task)
 
     def measure(self, network: StackedNetwork, num_lanes: int) -> list[dict[str, float]]:
         """val_loss and the task's metrics of each lane."""
@@ -47,9 +45,11 @@ class StackedValidation:
 
     def _counter(self, num_lanes: int) -> _ClassCounts | _Errors | _OwnMetrics:
         device = self._y.device
-        if self._kind is None:
-            return _OwnMetrics(self._task, self._num_outputs, num_lanes, device)
-        return self._kind(num_lanes, self._num_outputs, device)
+        if self._spec.task == "classification":
+            return _ClassCounts(num_lanes, self._num_outputs, device)
+        if self._spec.task == "regression":
+            return _Errors(num_lanes, device)
+        return _OwnMetrics(self._task, self._num_outputs, num_lanes, device)
 
 
 class _ClassCounts:
@@ -93,7 +93,7 @@ class _ClassCounts:
 class _Errors:
     """Mean squared and absolute error and R2: torchmetrics' own, each lane an output of one metric."""
 
-    def __init__(self, num_lanes: int, num_outputs: int, device: torch.device) -> None:
+    def __init__(self, num_lanes: int, device: torch.device) -> None:
         from torchmetrics import regression
 
         self._metrics = {

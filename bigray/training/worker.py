@@ -26,6 +26,7 @@ from bigray.errors import BigrayError, OutOfMemory, StorageError, TrainingFailed
 from bigray.results import Ledger
 from bigray.specs import TrialSpec
 from bigray.training.allocator import keep_freed_memory
+from bigray.training.answers import Address
 from bigray.training.batch_finder import resolve_batch_size
 from bigray.training.checkpoint import Checkpoint, Snapshot, SnapshotBuffers
 from bigray.training.commands import (
@@ -49,7 +50,7 @@ from bigray.training.lanes import beginnings_of, read_trial, save_as_own, states
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.membership import Member, Place
 from bigray.training.memory import host_memory
-from bigray.training.process_group import Address, broadcast_object, process_group
+from bigray.training.process_group import broadcast_object, process_group
 from bigray.training.recycling import must_be_fresh, rss_limit_bytes, subjects
 from bigray.training.reporting import Reporter
 from bigray.training.setup import GroupSetup

@@ -189,7 +189,8 @@ def _watched_budget(run: LiveRun, budget: Budget | None, is_used_up: threading.E
 
 
 def _watch_budget(run: LiveRun, budget: Budget, is_used_up: threading.Event, is_over: threading.Event) -> None:
-    """Counts what earlier attempts have used."""
+    """Counts from the moment the groups are up, and what earlier attempts have used."""
+    ask(run.groups.switchboard.all_seated.remote())
     started = time.monotonic()
     gpus = run.groups.count * run.request.job.scaling.max_workers * run.request.job.scaling.gpus_per_worker
     wall_before_s = training_wall_s(run.earlier)

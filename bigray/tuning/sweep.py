@@ -62,17 +62,17 @@ class Sweep:
         self._results: dict[int, LegResult] = {}
         self._num_applied = 0
         self._fresh: dict[str, deque[TrialSpec]] = {}
-        """Proposed and not begun, by what may share a stack."""
-        self._order: deque[tuple[str, str]] = deque()
-        """Key and id of each of those, in the order of their numbers."""
+        """Proposed and not begun, by kind."""
+        self._probing: set[str] = set()
+        """Kinds whose probe is under way."""
         self._begun: set[str] = set()
         self._waiting: dict[tuple[int, str], deque[Advance]] = {}
-        """Decided and not sent out: by epoch, and what may share a stack."""
+        """Decided and not sent out, by epoch and kind."""
         self._seats: dict[str, _Seat] = {}
         self._best: dict[str, Outcome] = {}
         """The newest outcome of each trial."""
         self._choices: dict[str, bool] = {}
-        """By stack key: whether its trials are stacked."""
+        """By kind: whether its trials are stacked."""
         self._is_exhausted = False
         self._is_stopped = False
         self._finalists: tuple[str, ...] | None = None
@@ -120,7 +120,9 @@ class Sweep:
         leg, result = self._legs[self._num_applied], self._results.pop(self._num_applied)
         self._num_applied += 1
         if leg.kind == "probe":
-            self._choices[stack_key(leg.trials[0])] = bool(result.is_stacked)
+            kind = self._kind_of(leg.trials[0])
+            self._choices[kind] = bool(result.is_stacked)
+            self._probing.discard(kind)
             return True
         trials = {trial.trial_id: trial for trial in leg.trials}
         for outcome in result.outcomes:
@@ -150,7 +152,7 @@ class Sweep:
             self._news.append(Event("proposed", "", {"trials": [trial.model_dump(mode="json")]}))
         if advance.is_promotion:
             self._news.append(Event("promoted", trial.trial_id, {"epoch": advance.epoch}))
-        key = stack_key(trial) if trial.training.micro_batch_size is None else trial.trial_id
+        key = self._kind_of(trial) if trial.training.micro_batch_size is None else trial.trial_id
         self._waiting.setdefault((advance.epoch, key), deque()).append(advance)
 
     def _decide(self) -> Leg | None:
@@ -168,25 +170,30 @@ class Sweep:
         return None
 
     def _begin(self) -> Leg | None:
-        """New trials: the first one that has not begun, and where they are stacked, others that go with it."""
+        """New trials: the first, and where its kind is stacked, others of its kind; or a probe of that.
+
+        While a kind is being probed, others may begin.
+        """
         self._propose()
-        if not self._order:
+        kinds = [kind for kind in self._fresh if kind not in self._probing]
+        if not kinds:
             return None
-        key, _ = self._order[0]
+        key = min(kinds, key=lambda kind: self._fresh[kind][0].trial_id)
         if self._needs_probe(key):
+            self._probing.add(key)
             return Leg(len(self._legs), "probe", (self._fresh[key][0],), 0, num_lanes=self._most_lanes())
         queue = self._fresh[key]
         num = min(len(queue), self._most_lanes()) if self._choices.get(key, False) else 1
         advances = [self._policy.begin(queue.popleft()) for _ in range(num)]
         self._begun |= {advance.trial.trial_id for advance in advances}
-        while self._order and self._order[0][1] in self._begun:
-            self._order.popleft()
+        if not queue:
+            del self._fresh[key]
         epoch = advances[0].epoch
         self._waiting.setdefault((epoch, key), deque()).extend(advances)
         return self._send_waiting(epoch, key)
 
     def _propose(self) -> None:
-        if self._order or self._is_exhausted:
+        if self._fresh or self._is_exhausted:
             return
         may_stack = self._can_stack and (not self._choices or any(self._choices.values()))
         trials = self._proposer.propose(self._most_lanes() if may_stack else 1)
@@ -194,12 +201,11 @@ class Sweep:
         if self._search.search == "tpe" and trials:
             self._news.append(Event("proposed", "", {"trials": [trial.model_dump(mode="json") for trial in trials]}))
         for trial in trials:
-            self._add_fresh(trial)
+            self._fresh.setdefault(self._kind_of(trial), deque()).append(trial)
 
-    def _add_fresh(self, trial: TrialSpec) -> None:
-        key = stack_key(trial)
-        self._fresh.setdefault(key, deque()).append(trial)
-        self._order.append((key, trial.trial_id))
+    def _kind_of(self, trial: TrialSpec) -> str:
+        """Trials of one kind may share a stack. Where nothing is stacked, all are of one."""
+        return stack_key(trial) if self._can_stack else ""
 
     def _flush(self) -> Leg | None:
         """Nothing new can begin: send what waits, the shortest way first, since others may join the longer ones."""

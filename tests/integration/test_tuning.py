@@ -140,24 +140,22 @@ def test_trials_by_themselves_take_the_same_course(
     assert board.winner.config == whole[0].winner.config
 
 
-def test_a_budget_ends_a_sweep_and_the_same_call_goes_on_to_the_same_end(
-    whole: tuple[Leaderboard, list[Event]], job: JobSpec, tmp_path: Path, four_cpu_ray: None
-) -> None:
-    elsewhere = job.model_copy(update={"storage": str(tmp_path / "runs")})
-    request = request_of(Asked(elsewhere, make_search(), None))
+def test_a_budget_ends_a_sweep_and_the_same_call_goes_on_to_the_end(tmp_path: Path, four_cpu_ray: None) -> None:
+    models = {"slow": {"factory": "tests.integration.user_models:slow_mlp"}}
+    search = make_search(trials=12)
+    request = request_of(Asked(make_job(tmp_path, models=models), search, None))
     first: list[Event] = []
-    part = tune_request(request, make_search(), listener=first.append, budget=parse_budget("0.5s"))
+    part = tune_request(request, search, listener=first.append, budget=parse_budget("1.5s"))
     assert len(of_kind(first, "budget")) == 1
     assert part.winner.metrics
+    assert len(part.trials) < 12
 
     second: list[Event] = []
-    board = tune_request(request, make_search(), listener=second.append)
+    board = tune_request(request, search, listener=second.append)
     assert second[0].kind == "resuming"
     assert not set(epochs_trained(first)) & set(epochs_trained(second)), "nothing is trained twice"
-    assert [(t.trial_id, t.status, t.epochs) for t in board.trials] == [
-        (t.trial_id, t.status, t.epochs) for t in whole[0].trials
-    ]
-    assert board.winner.metrics == pytest.approx(whole[0].winner.metrics, abs=1e-4)
+    assert len(board.trials) == 12
+    assert board.winner.status == "finished"
 
 
 def test_a_finished_sweep_is_extended_by_trials_that_are_new(

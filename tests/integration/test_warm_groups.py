@@ -102,8 +102,11 @@ def test_the_thread_that_was_left_running_is_named_once_by_each_worker(board: Le
     assert len(set(texts)) == 2
 
 
-def test_no_memory_costs_the_trial_and_no_process(board: Leaderboard, told: Listener) -> None:
-    assert "out of memory in a forward pass of up to 8 rows" in _error(board, "greedy")
+def test_no_memory_costs_no_process_and_half_the_rows_will_do(board: Leaderboard, told: Listener) -> None:
+    (retried,) = told.of("retried")
+    assert "out of memory in a forward pass of up to 8 rows" in retried.values["error"]
+    trial = next(trial for trial in board.trials if trial.model_name == "greedy")
+    assert (trial.status, trial.micro_batch_size) == ("finished", 4)
     assert told.pids["mlp"] == told.pids["after"]
     assert not [event for event in told.of("lost") if event.trial_id == "greedy"]
 

@@ -202,8 +202,11 @@ def test_images_can_be_stacked(make_trial: MakeTrial) -> None:
     _assert_lanes_equal_trials(trials, TrainingArrays(x, y, x[:9], y[:9]))
 
 
-def test_a_stack_of_one_lane_is_its_trial(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
-    _assert_lanes_equal_trials([make_trial()], blobs)
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_a_stack_of_one_lane_is_its_trial(
+    make_trial: MakeTrial, blobs: TrainingArrays, line: TrainingArrays, task: str
+) -> None:
+    _assert_lanes_equal_trials([make_trial(task=task)], blobs if task == "classification" else line)
 
 
 def test_a_task_of_ones_own_can_be_stacked(
@@ -336,7 +339,7 @@ def test_a_lane_that_diverges_leaves_the_others_alone(
         assert getattr(stacked.progresses()[1], name) == getattr(expected.progress, name)
     assert math.isnan(hooks.reports[1][-1]["train_loss"])
     assert hooks.reports[1][-1]["metrics"] == {}
-    assert hooks.reports[1][-1]["reason"].split(":")[0] == reports[-1]["reason"].split(":")[0]
+    assert hooks.reports[1][-1]["reason"] == reports[-1]["reason"]
     for name, tensor in expected.module.state_dict().items():  # frozen before the step that could not be taken
         torch.testing.assert_close(_weights(stacked, 1)[name], tensor, rtol=1e-4, atol=1e-4, equal_nan=True)
     for lane, other in ((0, 0), (2, 1)):

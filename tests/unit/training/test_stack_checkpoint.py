@@ -177,7 +177,7 @@ def _dying(paths: RunPaths, writes: int) -> Iterator[RunPaths]:
     yield RunPaths(Dying(storage.filesystem, storage.root, storage.uri), paths.run_id)
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2, 3])
+@pytest.mark.parametrize("writes", [0, 1, 2])
 def test_a_process_that_dies_between_files_leaves_no_half_a_stack(
     paths: RunPaths, trials: list[TrialSpec], blobs: TrainingArrays, writes: int
 ) -> None:
@@ -195,19 +195,21 @@ def test_a_process_that_dies_between_files_leaves_no_half_a_stack(
     assert read_lane(paths, NAME, trials[0]).progress.epoch == 1
 
 
-def _file(paths: RunPaths, stem: str) -> Path:
-    (found,) = Path(paths.storage.root).glob(f"{paths.stack(NAME)}/0/{stem}*")
+def _file(paths: RunPaths, name: str) -> Path:
+    (found,) = Path(paths.storage.root).glob(f"{paths.stack(NAME)}/0/{name}")
     return found
 
 
-@pytest.mark.parametrize("stem", ["model", "optimizer", "best", "lanes"])
-def test_a_damaged_file_is_refused(paths: RunPaths, trials: list[TrialSpec], blobs: TrainingArrays, stem: str) -> None:
+@pytest.mark.parametrize("file_name", ["lanes-*.safetensors", "lanes-*.json"])
+def test_a_damaged_file_is_refused(
+    paths: RunPaths, trials: list[TrialSpec], blobs: TrainingArrays, file_name: str
+) -> None:
     save_stack(paths, NAME, 0, 1, _trained(trials, blobs, 5))
-    file = _file(paths, stem)
+    file = _file(paths, file_name)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CorruptFile, match=rf"{stem}.*expected sha256"):
+    with pytest.raises(CorruptFile, match="expected sha256"):
         read_lane(paths, NAME, trials[0])
 
 

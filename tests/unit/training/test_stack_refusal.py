@@ -168,6 +168,14 @@ def test_a_task_that_cannot_be_mapped_over_lanes_is_refused(
     assert "a stacked step failed" in why
 
 
+def test_a_model_that_cannot_be_built_is_left_to_tell_its_own_story(
+    make_trial: MakeTrial, blobs: TrainingArrays
+) -> None:
+    why = why_not_stacked(make_trial(params={"widths": [8]}), blobs, 3, CPU)
+    assert why is not None
+    assert "the model cannot be built" in why
+
+
 def test_asking_changes_nothing_of_a_trial(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
     rows, targets = blobs.x_train.copy(), blobs.y_train.copy()
     assert why_not_stacked(make_trial(), blobs, 3, CPU) is None

@@ -1,4 +1,4 @@
-"""A worker's commands from the switchboard to storage, in one process: threads and an event loop where Ray has actors."""
+"""A worker's commands from the switchboard to storage, in one process: threads where Ray has actors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from bigray.specs import TrialSpec
 from bigray.training import worker as module
 from bigray.training.checkpoint import committed_steps, read_checkpoint, weights_sha256
 from bigray.training.commands import Event, Lane, Probe, ProbeStack, TakeOver, TrainStack, TrainTo, TrialState
+from bigray.training.isolation import CleanState
 from bigray.training.lanes import read_trial
 from bigray.training.membership import Member
 from bigray.training.setup import GroupSetup
@@ -55,7 +56,6 @@ class Actor:
         return Call(getattr(self.board, name), self._loop)
 
     def end(self) -> None:
-        self.stop_all.remote().result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
@@ -89,9 +89,10 @@ class Group:
         return [event for event in self.events if event.kind == kind and trial_id in (None, event.trial_id)]
 
     def end(self) -> None:
-        self.actor.end()
+        self.actor.stop_all.remote().result(10)
         self._thread.join(30)
         self.process.close()
+        self.actor.end()
 
 
 @pytest.fixture
@@ -154,10 +155,12 @@ def test_a_command_that_rests_ends_with_its_epoch_and_the_next_one_does_not(
         def make(shape, outputs): return Slow(shape[0], outputs)
         """
     )
+    group.process.clean = CleanState()  # in which the user's module can be found
     trial = make_trial(f"{name}:make", {}, epochs=400)
     working = group.begin(TrainTo(trial, 400))
-    while not group.of("epoch"):
-        pass
+    while not group.of("epoch") and not working.done():
+        group.actor.check_storage.remote().result(10)
+    assert not working.done(), working.exception()
     assert group.actor.rest_all.remote().result(10) == 1
     state = working.result(60)[2]
 
@@ -180,6 +183,7 @@ def test_no_memory_is_raised_with_its_rows_and_the_next_trial_is_as_ever(
         def make(shape, outputs): return Greedy(shape[0], outputs)
         """
     )
+    group.process.clean = CleanState()  # in which the user's module can be found
     greedy = make_trial(f"{name}:make", {})
     with pytest.raises(OutOfMemory) as caught:
         group.do(TrainTo(_named(greedy, "greedy"), 4))
@@ -202,7 +206,7 @@ def test_a_trial_takes_over_another_and_has_its_weights(group: Group, make_trial
     (event,) = group.of("exploited", "taker")
     file = read_checkpoint(paths, source, committed_steps(paths, "source")[0])
     assert event.values == {"source": "source", "epoch": 2, "sha256": weights_sha256(file.tensors("model") or {})}
-    assert (state.epoch, [number for number, _ in state.improvements][0]) == (4, 1)
+    assert (state.epoch, next(number for number, _ in state.improvements)) == (4, 1)
     assert [event.values["epoch"] for event in group.of("epoch", "taker")] == [3, 4]
 
     group.do(TrainTo(source, 4))
