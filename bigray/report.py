@@ -25,7 +25,7 @@ from bigray.ranking import (
 from bigray.results import Finalist, Leaderboard, Ledger, TrialResult
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, Storage, open_storage
-from bigray.tuning.evidence import judge, why_it_won
+from bigray.tuning.evidence import judge_run, why_it_won
 
 Mode = Literal["max", "min"]
 RunStatus = Literal["complete", "budget used up", "not complete"]
@@ -162,7 +162,7 @@ def make_report(paths: RunPaths, document: Mapping[str, Any], events: Sequence[M
         totals=totals_of(results, slots(events), training_wall_s(events)),
         probes=tuple(_without_frame(event) for event in events if event["kind"] == "probe"),
         events={kind: sum(event["kind"] == kind for event in events) for kind in _COUNTED},
-        finalists=_finalists(results, events, metric, mode),
+        finalists=judge_run(results, events, metric, mode),
     )
 
 
@@ -232,33 +232,6 @@ def _num_planned(document: Mapping[str, Any], trials: Sequence[TrialSpec], event
         elif event["kind"] in ("extended", "completed"):  # with --extend it is more than the search file says
             asked = max(asked, event.get("trials") or 0)
     return max(len(known), asked)
-
-
-def _finalists(
-    results: Sequence[TrialResult], events: Sequence[Mapping[str, Any]], metric: str, mode: Mode
-) -> tuple[Finalist, ...]:
-    """Judged anew from the seeds' trials; none while they are being trained."""
-    chosen = next((event["trials"] for event in reversed(events) if event["kind"] == "finalists"), ())
-    by_id = {trial.trial_id: trial for trial in results}
-    latency_ms = {event["trial"]: event["latency_ms"] for event in events if event["kind"] == "latency"}
-    values = {
-        name: {
-            seed.trial_id: seed.metrics[metric]
-            for seed in results
-            if seed.trial_id.startswith(f"{name}-seed") and metric in seed.metrics
-        }
-        for name in chosen
-        if name in by_id
-    }
-    if not any(values.values()):
-        return ()
-    return judge(
-        values,
-        mode=mode,
-        num_parameters={name: by_id[name].num_parameters for name in values},
-        model_names={name: by_id[name].model_name for name in values},
-        latency_ms=latency_ms,
-    )
 
 
 def _without_frame(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,6 +210,8 @@ def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], Non
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             warn(f"{faults[0]}{more}; going back to the checkpoint of step {step:,}")
+        if checkpoint.is_record and checkpoint.progress.ended is None:
+            return None  # halted by a scheduler, and trimmed when its sweep was complete: there are no weights to go on
         return checkpoint
     if faults:
         folder = f"{paths.storage.uri}/{paths.trial(trial.trial_id)}"

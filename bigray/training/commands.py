@@ -21,6 +21,8 @@ class TrainTo:
     """Begin from another trial's weights, where this trial has no checkpoint of that epoch or a later one yet."""
     stack: str | None = None
     """The stack that holds the trial's newest state, where it was trained in one and has no later checkpoint."""
+    time_a_row: bool = False
+    """Tell in the end how long a prediction of one row takes: it may decide between finalists."""
 
 
 @dataclass(frozen=True)

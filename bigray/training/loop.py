@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ from bigray.training.samples import Counts, SampleLedger, lost_and_repeated
 from bigray.training.sharded import Shard
 from bigray.training.tasks import load_task, sample_losses, total_weight
 from bigray.training.validation import Validation
+
+_TIMED_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -392,6 +395,17 @@ class TrialTraining:
 
         with self._replica.evaluating():
             return self._validation.measure(forward, self.worker, same_passes=self._replica.is_sharded)
+
+    def seconds_a_row(self) -> float:
+        """Median time to predict one row with the weights of now (every rank, since buffers are made equal first)."""
+        row = self._load(self.data.x_val, np.zeros(1, dtype=np.int64))
+        times = []
+        with self._replica.evaluating():
+            for _ in range(_TIMED_ROWS):
+                started = time.perf_counter()
+                self._replica.predict(row).cpu()
+                times.append(time.perf_counter() - started)
+        return statistics.median(times)
 
     def save(self) -> None:
         """Have a checkpoint of this moment made, between two steps (every rank)."""

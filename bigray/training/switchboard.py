@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from bigray.errors import BigrayError, Preempted, StorageError, TrainingFailed
+from bigray.errors import BigrayError, GroupLost, Preempted, StorageError, TrainingFailed
 from bigray.specs import TrialSpec
 from bigray.training.commands import Command, Event, ExportBundle, ProbeStack, Stop, TrainStack, TrainTo, Wish
 from bigray.training.hangs import Hang, find_hangs, kill_process
@@ -140,7 +140,7 @@ class Switchboard:
         async with self._lease_changed:
             await self._lease_changed.wait_for(lambda: self._free or all(g.ended for g in self._groups))
             if not self._free:
-                raise TrainingFailed(f"no worker group is left: {self._groups[0].ended}")
+                raise GroupLost(f"no worker group is left: {self._groups[0].ended}")
             return self._pick(trials)
 
     def _pick(self, trials: frozenset[str]) -> int:
@@ -171,15 +171,25 @@ class Switchboard:
     async def _work(self, command: Command) -> tuple[int, float, Any]:
         loop = asyncio.get_running_loop()
         asked_at = loop.time()
-        group = await self._take(subjects(command))
-        try:
-            waited_s = loop.time() - asked_at
-            if not isinstance(command, ExportBundle | ProbeStack):
-                for trial_id in sorted(subjects(command)):
-                    self._tell(Event("started", trial_id, {"group": group}))
-            return group, waited_s, await self.execute(group, command)
-        finally:
-            await self.release(group)
+        while True:
+            group = await self._take(subjects(command))
+            try:
+                await self._until_seated(self._groups[group])
+                waited_s = loop.time() - asked_at
+                if not isinstance(command, ExportBundle | ProbeStack):
+                    for trial_id in sorted(subjects(command)):
+                        self._tell(Event("started", trial_id, {"group": group}))
+                return group, waited_s, await self.execute(group, command)
+            except GroupLost:
+                if all(it.ended for it in self._groups):
+                    raise
+            finally:
+                await self.release(group)
+
+    async def _until_seated(self, it: _Group) -> None:
+        """Until a group has begun its first generation: starting it is not the time of a trial."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: it.roster.generation or it.ended or it.is_stopping)
 
     async def offer(self, number: int, work: Any) -> None:
         """Lay something down under a number (driver), for whoever carries it out to take up."""
@@ -214,7 +224,7 @@ class Switchboard:
         """
         it = self._groups[group]
         if it.ended is not None or it.is_stopping:
-            raise TrainingFailed(it.ended or "the run is being stopped")
+            raise GroupLost(it.ended or "the run is being stopped")
         result = asyncio.get_running_loop().create_future()
         serial = next(self._serials)
         it.command, it.result, it.last_loss = (serial, command), (serial, result), ""
@@ -271,7 +281,7 @@ class Switchboard:
             it.ended, it.roster = message, Roster()  # a spare in it looks for a seat elsewhere
             if group in self._free:
                 self._free.remove(group)
-            self._settle(it, failure=TrainingFailed(message))
+            self._settle(it, failure=GroupLost(message))
             self._lease_changed.notify_all()
         await self._notify()
 

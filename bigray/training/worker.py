@@ -305,13 +305,17 @@ class _CommandLoop:
         assert isinstance(command, ExportBundle)
         return self._export(command)
 
-    def _ledger(self, used: Usage, num_gpus: int, num_trials: int = 1) -> Ledger:
-        """Of the command up to now, by this rank's clock; in equal shares where it trained several trials."""
+    def _ledger(self, used: Usage, num_gpus: int, num_lanes: int = 1, num_ranks: int = 1) -> Ledger:
+        """Of the command up to now, by this rank's clock.
+
+        In a stack, a lane's share: of the group's time over the lanes of all ranks, which train at once; and of this
+        rank's processor and GPU over its own.
+        """
         read = self.stopwatch.read()
         num_gpus = num_gpus if self.worker.device.type == "cuda" else 0
-        whole = replace(read, cpu_s=used.cpu_s, gpu_s=num_gpus * read.wall_s)
-        seconds = {name: value / num_trials for name, value in asdict(whole).items() if name.endswith("_s")}
-        return Ledger(**seconds, peak_rss_bytes=used.peak_rss_bytes, peak_gpu_bytes=used.peak_gpu_bytes)
+        shares = {name: value / (num_lanes * num_ranks) for name, value in asdict(read).items() if name.endswith("_s")}
+        shares |= {"cpu_s": used.cpu_s / num_lanes, "gpu_s": num_gpus * read.wall_s / num_lanes}
+        return Ledger(**shares, peak_rss_bytes=used.peak_rss_bytes, peak_gpu_bytes=used.peak_gpu_bytes)
 
     # processes that make room for fresh ones
 
@@ -370,6 +374,8 @@ class _CommandLoop:
         hooks.saver.wait()
         if hooks.was_stopped:
             self._yield()
+        if command.time_a_row and isinstance(training, TrialTraining):
+            self.push("latency", command.trial, {"latency_ms": 1000 * training.seconds_a_row()})
         state = replace(training.progress.to_state(), micro_batch_size=command.trial.training.micro_batch_size)
         return replace(state, num_parameters=training.num_parameters) if self.is_first else state
 
@@ -505,7 +511,7 @@ class _CommandLoop:
             self._yield()
         self.stopwatch.mark("save")
         save_stack(self.setup.paths, command.name, self.worker.rank, self.setup.attempt, training)
-        ledger = self._ledger(self._meter.read(), 1, len(lanes))
+        ledger = self._ledger(self._meter.read(), 1, len(lanes), self.worker.world_size)
         states = [progress.to_state() for progress in training.progresses()]
         return [replace(state, ledger=ledger, num_parameters=training.num_parameters) for state in states]
 

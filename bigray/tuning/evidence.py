@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, stdev
-from typing import Literal
+from statistics import fmean, median, stdev
+from typing import Any, Literal
 
 from bigray.errors import TrainingFailed
-from bigray.ranking import rank
 from bigray.results import Finalist, TrialResult
+from bigray.tuning.space import seed_trial_id
 
 Mode = Literal["max", "min"]
 
@@ -18,14 +18,41 @@ LATENCY_MARGIN = 1.1
 """Latencies closer than this are the same: on a busy machine the median moves by a few per cent."""
 
 
-def choose_finalists(results: Sequence[TrialResult], k: int, metric: str, mode: Mode) -> tuple[TrialResult, ...]:
-    """The best `k`, best first; never one that failed or diverged, however good an epoch it had before."""
-    sound = [
-        result
-        for result in results
-        if result.status not in ("failed", "diverged") and math.isfinite(result.metrics.get(metric, math.nan))
-    ]
-    return rank(sound, metric, mode)[:k]
+def judge_run(
+    results: Sequence[TrialResult], events: Sequence[Mapping[str, Any]], metric: str, mode: Mode
+) -> tuple[Finalist, ...]:
+    """`judge` for a run, from its results and its journal; none before a seed of a finalist has come to a value."""
+    told = [event for event in events if event["kind"] == "finalists"]
+    if not told:
+        return ()
+    sound = {one.trial_id: one for one in results if one.status not in ("failed", "diverged")}
+    finalists = [sound[name] for name in told[-1]["trials"] if name in sound]
+    values = {one.trial_id: _values_of_seeds(one.trial_id, told[-1]["seeds"], sound, metric) for one in finalists}
+    if not any(values.values()):
+        return ()
+    return judge(
+        values,
+        mode=mode,
+        num_parameters={one.trial_id: one.num_parameters for one in finalists},
+        model_names={one.trial_id: one.model_name for one in finalists},
+        latency_ms=_latencies(values, events),
+    )
+
+
+def _values_of_seeds(
+    trial_id: str, seeds: int, sound: Mapping[str, TrialResult], metric: str
+) -> dict[str, float]:
+    """By the name of the trial of each seed that came to a value."""
+    names = [seed_trial_id(trial_id, number) for number in range(1, seeds + 1)]
+    found = {name: sound[name].metrics.get(metric, math.nan) for name in names if name in sound}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _latencies(seeds: Mapping[str, Iterable[str]], events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Of each finalist, the median over its seeds that were timed."""
+    timed = {event["trial"]: event["latency_ms"] for event in events if event["kind"] == "latency"}
+    of_seeds = {name: [timed[seed] for seed in names if seed in timed] for name, names in seeds.items()}
+    return {name: median(found) for name, found in of_seeds.items() if found}
 
 
 def judge(
@@ -79,13 +106,6 @@ def judge(
     winner = _cheapest([one for one in finalists if one.is_tied], sign, model_names)
     rest = sorted((one for one in finalists if one is not winner), key=lambda one: _by_mean(one, sign))
     return (winner, *rest)
-
-
-def needs_latency(finalists: Sequence[Finalist], model_names: Mapping[str, str]) -> tuple[str, ...]:
-    """The trials whose latency decides: tied, of different models, with equally few parameters. Else none."""
-    smallest = _smallest([one for one in finalists if one.is_tied])
-    names = {model_names[one.trial_id] for one in smallest}
-    return tuple(one.trial_id for one in smallest) if len(names) > 1 else ()
 
 
 def why_it_won(finalists: Sequence[Finalist], metric: str, mode: Mode, model_names: Mapping[str, str]) -> str:

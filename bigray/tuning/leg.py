@@ -26,6 +26,8 @@ class Leg:
     take_over: TakeOver | None = None
     num_lanes: int = 0
     """Of a probe: the lanes to time."""
+    time_a_row: bool = False
+    """As in `TrainTo`."""
 
     @property
     def name(self) -> str:
@@ -42,7 +44,7 @@ class Leg:
 
     def alone(self, lane: int) -> TrainTo:
         """The command for one of its trials by itself."""
-        return TrainTo(self.trials[lane], self.epoch, self.take_over, self.stacks[lane])
+        return TrainTo(self.trials[lane], self.epoch, self.take_over, self.stacks[lane], self.time_a_row)
 
 
 @dataclass(frozen=True)

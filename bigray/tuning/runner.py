@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 import threading
 import time
@@ -20,10 +19,10 @@ from bigray.training.request import RunRequest, make_request
 from bigray.training.session import Judge, Listener, LiveRun, run_trials, silent
 from bigray.training.switchboard import ask
 from bigray.tuning.budget import Budget
-from bigray.tuning.evidence import judge
+from bigray.tuning.evidence import judge_run
 from bigray.tuning.policies import make_policy
 from bigray.tuning.proposals import make_proposer
-from bigray.tuning.space import search_trials, seed_trial_id
+from bigray.tuning.space import search_trials
 from bigray.tuning.sweep import Sweep
 
 BUDGET_WATCH_EVERY_S = 0.2
@@ -75,32 +74,11 @@ def make_judge(request: RunRequest, search: SearchSpec) -> Judge | None:
     if not search.finalists:
         return None
     training = request.trials[0].training
-    metric, mode = training.selection_metric, training.selection_mode
 
     def judged(results: Sequence[TrialResult], events: Sequence[Mapping[str, Any]]) -> tuple[Finalist, ...]:
-        told = [event for event in events if event["kind"] == "finalists"]
-        if not told:
-            return ()
-        sound = {one.trial_id: one for one in results if one.status not in ("failed", "diverged")}
-        finalists = [sound[trial_id] for trial_id in told[-1]["trials"]]
-        values = {one.trial_id: _values_of_seeds(one.trial_id, told[-1]["seeds"], sound, metric) for one in finalists}
-        if not any(values.values()):
-            return ()  # the budget was used up before one of them was validated
-        return judge(
-            values,
-            mode=mode,
-            num_parameters={one.trial_id: one.num_parameters for one in finalists},
-            model_names={one.trial_id: one.model_name for one in finalists},
-        )
+        return judge_run(results, events, training.selection_metric, training.selection_mode)
 
     return judged
-
-
-def _values_of_seeds(trial_id: str, seeds: int, sound: Mapping[str, TrialResult], metric: str) -> dict[str, float]:
-    """By the name of the trial of each seed that came to a value."""
-    names = [seed_trial_id(trial_id, number) for number in range(1, seeds + 1)]
-    found = {name: sound[name].metrics.get(metric, math.nan) for name in names if name in sound}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _run_sweep(run: LiveRun, search: SearchSpec, budget: Budget | None) -> None:
@@ -167,7 +145,7 @@ def _make_sweep(run: LiveRun, search: SearchSpec) -> Sweep:
         make_policy(search, mode, request.job.seed),
         slots=slots,
         chapters=tuple(totals),
-        can_stack=request.job.training.loop is None,
+        can_stack=request.job.training.loop is None and not request.job.scaling.isolate,
     )
 
 

@@ -264,6 +264,7 @@ class Sweep:
             epoch=epoch,
             stacks=tuple(self._stack_of(trial) for trial in trials),
             take_over=None if is_stacked else advances[0].take_over,
+            time_a_row=self._finalists is not None,
         )
 
     def _stack_of(self, trial: TrialSpec) -> str | None:

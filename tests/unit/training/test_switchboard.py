@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bigray.errors import DiskFull, OutOfMemory, Preempted, TrainingFailed
+from bigray.errors import DiskFull, GroupLost, OutOfMemory, Preempted, TrainingFailed
 from bigray.specs import TrialSpec
 from bigray.training import hangs
 from bigray.training import switchboard as module
@@ -70,6 +70,11 @@ async def _seat_pair(board: Switchboard, group: int = 0, pid: int = 100) -> tupl
     seats = await asyncio.gather(board.join(group, first), board.join(group, second))
     assert [seat and (seat[0], seat[1].rank) for seat in seats] == [(group, 0), (group, 1)]
     return first, second
+
+
+async def _seat_all(board: Switchboard) -> None:
+    for group in range(len(board._groups)):
+        await _seat_pair(board, group, pid=100 + 10 * group)
 
 
 async def _replace(board: Switchboard, survivor: Member, slot: int, pid: int) -> Member:
@@ -336,6 +341,7 @@ async def _finish(board: Switchboard, group: int, result: Any) -> None:
 
 def test_work_is_done_by_a_free_group_which_is_free_again_after_it(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         for number in range(3):
             working = asyncio.create_task(board.work(f"leg-{number}", command))
             await _let_others_run()
@@ -347,8 +353,52 @@ def test_work_is_done_by_a_free_group_which_is_free_again_after_it(command: Trai
     _play(scenario)
 
 
+def test_work_waits_until_its_group_is_up_and_counts_that_as_waiting(
+    command: TrainTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(board: Switchboard) -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", time := _Clock(asyncio.get_running_loop().time))
+        working = asyncio.create_task(board.work("leg", command))
+        await _let_others_run()
+        assert await board.take_events(0.0) == []
+        time.ahead_s = 9.0
+        await _seat_pair(board)
+        await _let_others_run()
+        assert [event.kind for event in await board.take_events(0.0)] == ["started"]
+        await _finish(board, 0, "done")
+        assert (await working)[1] >= 9.0
+
+    _play(scenario)
+
+
+def test_what_a_group_was_at_when_it_ended_is_done_by_another(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
+        working = asyncio.create_task(board.work("leg", command))
+        await _let_others_run()
+        await board.group_ended(0, "it cannot be placed")
+        await _let_others_run()
+        await _finish(board, 1, "done")
+        assert (await working)[::2] == (1, "done")
+
+    _play(scenario, groups=2)
+
+
+def test_where_the_last_group_has_ended_nobody_is_blamed(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
+        working = asyncio.create_task(board.work("leg", command))
+        await _let_others_run()
+        await board.group_ended(0, "it cannot be placed")
+        with pytest.raises(GroupLost, match="cannot be placed"):
+            await working
+
+    _play(scenario)
+
+
 def test_work_waits_for_a_group_and_says_how_long(command: TrainTo, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         monkeypatch.setattr(asyncio.get_running_loop(), "time", time := _Clock(asyncio.get_running_loop().time))
         first = asyncio.create_task(board.work("first", command))
         await _let_others_run()
@@ -380,6 +430,7 @@ def test_who_asks_again_for_the_same_work_joins_it_and_gets_the_same_outcome(com
     """As an actor that was killed and started again; the first call's task may be gone by then."""
 
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         first = asyncio.create_task(board.work("leg", command))
         await _let_others_run()
         first.cancel()
@@ -397,6 +448,7 @@ def test_who_asks_again_for_the_same_work_joins_it_and_gets_the_same_outcome(com
 
 def test_a_failure_of_work_is_raised_and_frees_the_group(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         working = asyncio.create_task(board.work("leg", command))
         await _let_others_run()
         serial, _ = await board.next_command(0, board._groups[0].roster.generation) or (0, None)
@@ -414,6 +466,7 @@ def test_a_failure_of_work_is_raised_and_frees_the_group(command: TrainTo) -> No
 
 def test_work_goes_to_the_group_that_has_its_trial_in_memory(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         names = ("a", "b", "c")
         working = [asyncio.create_task(board.work(f"{name}-1", _trial(command, name))) for name in names]
         await _let_others_run()
@@ -432,6 +485,7 @@ def test_work_goes_to_the_group_that_has_its_trial_in_memory(command: TrainTo) -
 
 def test_work_is_refused_once_storage_has_failed(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         working = asyncio.create_task(board.work("first", command))
         await _let_others_run()
         serial, _ = await board.next_command(0, board._groups[0].roster.generation) or (0, None)

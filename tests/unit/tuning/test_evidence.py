@@ -9,7 +9,7 @@ import pytest
 
 from bigray.errors import TrainingFailed
 from bigray.results import Finalist, TrialResult, TrialStatus
-from bigray.tuning.evidence import choose_finalists, judge, needs_latency, t_quantile, why_it_won
+from bigray.tuning.evidence import judge, judge_run, t_quantile, why_it_won
 
 CLEAR = (0.990, 0.991, 0.992, 0.991, 0.990)
 CLOSE = (0.985, 0.995, 0.990, 0.996, 0.987)
@@ -35,25 +35,50 @@ def _why(finalists: Sequence[Finalist], mode: Any = "max") -> str:
     return why_it_won(finalists, "val_accuracy", mode, _models([one.trial_id for one in finalists]))
 
 
-def test_the_best_are_the_finalists() -> None:
-    results = [_result("000-mlp", 0.8), _result("001-mlp", 0.9, "halted"), _result("002-mlp", 0.7)]
-
-    assert [one.trial_id for one in choose_finalists(results, 2, "val_accuracy", "max")] == ["001-mlp", "000-mlp"]
-    assert [one.trial_id for one in choose_finalists(results, 9, "val_accuracy", "min")] == [
-        *("002-mlp", "000-mlp", "001-mlp")
+def _journal(*finalists: str, **latency_ms: float) -> list[dict[str, Any]]:
+    timed = [
+        {"kind": "latency", "trial": name.replace("_", "-"), "latency_ms": value} for name, value in latency_ms.items()
     ]
+    return [{"kind": "finalists", "trials": list(finalists), "seeds": 2}, *timed]
 
 
-def test_a_trial_that_failed_or_diverged_is_no_finalist_whatever_it_had_reached() -> None:
-    results = [
-        _result("000-mlp", 0.99, "diverged"),
-        _result("001-mlp", 0.98, "failed"),
-        _result("002-mlp", None, "halted"),
-        _result("003-mlp", math.nan),
-        _result("004-mlp", 0.5),
-    ]
+def _seeds(trial_id: str, *values: float, status: TrialStatus = "finished") -> list[TrialResult]:
+    return [_result(f"{trial_id}-seed{number}", value, status) for number, value in enumerate(values, start=1)]
 
-    assert [one.trial_id for one in choose_finalists(results, 3, "val_accuracy", "max")] == ["004-mlp"]
+
+def test_a_run_is_judged_by_the_seeds_of_the_finalists_in_its_journal() -> None:
+    results = [_result("000-mlp", 0.8), _result("001-cnn", 0.9), _result("002-mlp", 0.99)]
+    results += [*_seeds("000-mlp", 0.90, 0.91), *_seeds("001-cnn", 0.70, 0.71)]
+
+    found = judge_run(results, _journal("001-cnn", "000-mlp"), "val_accuracy", "max")
+    assert [one.trial_id for one in found] == ["000-mlp", "001-cnn"]
+    assert found[0].best_seed_trial == "000-mlp-seed2"
+
+
+def test_a_seed_that_failed_or_diverged_does_not_count_whatever_it_had_reached() -> None:
+    results = [_result("000-mlp", 0.8), *_seeds("000-mlp", 0.9, 0.91)]
+    results += [_result("001-mlp", 0.8), *_seeds("001-mlp", 0.99, status="diverged")]
+
+    (winner, other) = judge_run(results, _journal("000-mlp", "001-mlp"), "val_accuracy", "max")
+    assert winner.trial_id == "000-mlp"
+    assert other.values == ()
+
+
+def test_without_finalists_or_before_a_seed_has_a_value_nobody_is_judged() -> None:
+    results = [_result("000-mlp", 0.8), *_seeds("000-mlp", math.nan)]
+
+    assert judge_run(results, [], "val_accuracy", "max") == ()
+    assert judge_run(results, _journal("000-mlp"), "val_accuracy", "max") == ()
+
+
+def test_the_latency_of_a_finalist_is_the_median_of_its_seeds() -> None:
+    results = [_result("000-mlp", 0.8), *_seeds("000-mlp", 0.9, 0.91), _result("001-cnn", 0.8)]
+    results += _seeds("001-cnn", 0.9, 0.91)
+    journal = _journal("000-mlp", "001-cnn", **{"000_mlp_seed1": 3.0, "000_mlp_seed2": 5.0, "001_cnn_seed1": 1.0})
+
+    found = judge_run(results, journal, "val_accuracy", "max")
+    assert {one.trial_id: one.latency_ms for one in found} == {"000-mlp": 4.0, "001-cnn": 1.0}
+    assert found[0].trial_id == "001-cnn", "as good, as small, and faster"
 
 
 def test_the_interval_is_student_s() -> None:
@@ -129,14 +154,6 @@ def test_trials_of_one_model_are_never_told_apart_by_latency() -> None:
     assert (
         _judge({"000-mlp": CLEAR, "001-mlp": CLOSE}, latency_ms={"000-mlp": 9, "001-mlp": 1})[0].trial_id == "000-mlp"
     )
-
-
-def test_latency_is_asked_for_only_where_it_decides() -> None:
-    values = {"000-mlp": CLEAR, "001-cnn": CLOSE, "002-cnn": POOR}
-
-    assert needs_latency(_judge(values), _models(values)) == ("000-mlp", "001-cnn")
-    assert needs_latency(_judge(values, {"001-cnn": 7}), _models(values)) == ()
-    assert needs_latency(_judge({"000-mlp": CLEAR, "003-mlp": CLOSE}), _models(["000-mlp", "003-mlp"])) == ()
 
 
 def test_identical_values_are_a_tie_of_no_width_and_the_earlier_trial_wins() -> None:
