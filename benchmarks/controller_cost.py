@@ -285,7 +285,12 @@ def of_tune(sizes: Sequence[int], folder: Path) -> Figures:
             tune.with_resources(NoOp, {"cpu": 1}),
             param_space={"lr": tune.loguniform(1e-4, 1e-1)},
             tune_config=tune.TuneConfig(num_samples=trials, reuse_actors=True),
-            run_config=tune.RunConfig(storage_path=str(folder), name=f"sweep-{trials}", verbose=0),
+            run_config=tune.RunConfig(
+                storage_path=str(folder),
+                name=f"sweep-{trials}",
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            ),
         ).fit()
         cpu_s, wall_s = time.process_time() - began_cpu_s, time.monotonic() - began_s
         assert len(results) == trials, "every trial gives one result"

@@ -406,7 +406,12 @@ def fit(trainable: Any, trials: int, grace: int, folder: Path, *, reuse_actors: 
             reuse_actors=reuse_actors,
             **config,
         ),
-        run_config=tune.RunConfig(storage_path=str(folder), name="sweep", verbose=0),
+        run_config=tune.RunConfig(
+            storage_path=str(folder),
+            name="sweep",
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+        ),
     ).fit()
 
 

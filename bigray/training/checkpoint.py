@@ -41,6 +41,7 @@ __all__ = [
     "committed_steps",
     "load_checkpoint",
     "load_epoch_end",
+    "load_to_go_on",
     "pack_optimizer",
     "read_checkpoint",
     "unpack_optimizer",
@@ -210,8 +211,6 @@ def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], Non
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             warn(f"{faults[0]}{more}; going back to the checkpoint of step {step:,}")
-        if checkpoint.is_record and checkpoint.progress.ended is None:
-            return None  # halted by a scheduler, and trimmed when its sweep was complete: there are no weights to go on
         return checkpoint
     if faults:
         folder = f"{paths.storage.uri}/{paths.trial(trial.trial_id)}"
@@ -220,6 +219,18 @@ def load_checkpoint(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], Non
             f"remove {folder} to train it from the start"
         ) from faults[0]
     return None
+
+
+def load_to_go_on(paths: RunPaths, trial: TrialSpec, warn: Callable[[str], None]) -> Checkpoint | None:
+    """`load_checkpoint` for training: without weights, only a trial that has ended has nothing to begin anew.
+
+    One that a scheduler had halted is trimmed to its record when its sweep is complete; if the sweep is extended it may
+    be promoted, and trains again from the start.
+    """
+    checkpoint = load_checkpoint(paths, trial, warn)
+    if checkpoint is not None and checkpoint.is_record and checkpoint.progress.ended is None:
+        return None
+    return checkpoint
 
 
 def load_epoch_end(paths: RunPaths, trial: TrialSpec, epoch: int) -> Checkpoint:

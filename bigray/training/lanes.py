@@ -8,7 +8,7 @@ from functools import partial
 
 from bigray.errors import StorageError
 from bigray.specs import TrialSpec
-from bigray.training.checkpoint import Checkpoint, load_checkpoint
+from bigray.training.checkpoint import Checkpoint, load_to_go_on
 from bigray.training.commands import Lane, TrainStack, TrialState
 from bigray.training.setup import GroupSetup
 from bigray.training.stack_checkpoint import read_lane, read_lanes, save_lane
@@ -31,7 +31,7 @@ def beginnings_of(
     of_stacks = iter(read_lanes(setup.paths, stacked))
     found: list[Checkpoint | None] = []
     for lane in lanes:
-        own = load_checkpoint(setup.paths, lane.trial, partial(warn, lane.trial))
+        own = load_to_go_on(setup.paths, lane.trial, partial(warn, lane.trial))
         other = None if lane.stack is None else next(of_stacks)
         is_further = other is not None and (own is None or own.progress.step < other.progress.step)
         found.append(other if is_further else own)

@@ -15,8 +15,8 @@ from bigray.training.checkpoint import (
     Progress,
     Snapshot,
     SnapshotBuffers,
-    load_checkpoint,
     load_epoch_end,
+    load_to_go_on,
 )
 from bigray.training.commands import Event, TakeOver, Wish
 from bigray.training.consensus import Consensus
@@ -99,7 +99,7 @@ class TrialHooks(TrainingHooks):
             self.saver.wait()
         paths = self._generation.setup.paths
         checkpoint: Checkpoint | None = self._generation.from_rank_0(
-            lambda: load_checkpoint(paths, self._trial, warn=self.warn)
+            lambda: load_to_go_on(paths, self._trial, warn=self.warn)
         )
         if checkpoint is not None:
             self.saved = checkpoint.progress

@@ -17,7 +17,7 @@ from bigray.journal import Journal
 from bigray.paths import RunPaths
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, Storage, read_folder
-from bigray.training.checkpoint import PROGRESS, Progress, Snapshot, load_checkpoint
+from bigray.training.checkpoint import PROGRESS, Progress, Snapshot, load_checkpoint, load_to_go_on
 from bigray.training.checkpoint_writer import free_oldest, remove_dead, save_checkpoint, save_snapshot, trim_trial
 from bigray.training.tensor_files import pack_tensors
 
@@ -357,3 +357,18 @@ def test_a_trial_without_a_readable_record_is_left_alone_and_told(paths: RunPath
         trim_trial(paths, trial.trial_id, 1)
 
     assert len(list(_folder(paths, trial, 1).iterdir())) == 3
+
+
+def test_a_trial_that_was_halted_and_trimmed_trains_again_from_the_start_and_one_that_had_ended_does_not(
+    paths: RunPaths, make_trial: MakeTrial
+) -> None:
+    halted, ended = (make_trial().model_copy(update={"trial_id": name}) for name in ("halted", "ended"))
+    save_checkpoint(paths, halted, 1, Progress(step=10, epoch=2), _files(10))
+    save_checkpoint(paths, ended, 1, Progress(step=10, epoch=2, ended="finished"), _files(10))
+    for trial in (halted, ended):
+        trim_trial(paths, trial.trial_id, 1)
+
+    assert load_to_go_on(paths, halted, pytest.fail) is None
+    record = load_to_go_on(paths, ended, pytest.fail)
+    assert record is not None
+    assert record.is_record
