@@ -107,7 +107,7 @@ class Switchboard:
         self._serials = itertools.count(1)
         self._storage_failure: StorageError | None = None
         self._free = deque(range(num_groups))
-        self._lease_changed = asyncio.Condition()
+        self._freed = asyncio.Condition()
         self._works: dict[str, asyncio.Task[tuple[int, float, Any]]] = {}
         """By their key: under way, or done."""
         self._offers: dict[int, Any] = {}
@@ -126,19 +126,16 @@ class Switchboard:
         if self._storage_failure is not None:
             raise self._storage_failure
 
-    async def lease(self) -> int:
-        """Wait for a free group and take it (Tune trial, driver).
+    async def take(self, trials: frozenset[str] = frozenset()) -> int:
+        """Wait for a free group and take it; rather one that has just trained these trials.
 
         Raises:
-            TrainingFailed: every group has ended.
+            GroupLost: every group has ended.
             StorageError: as for `check_storage`.
         """
-        return await self._take(frozenset())
-
-    async def _take(self, trials: frozenset[str]) -> int:
         await self.check_storage()
-        async with self._lease_changed:
-            await self._lease_changed.wait_for(lambda: self._free or all(g.ended for g in self._groups))
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._free or all(g.ended for g in self._groups))
             if not self._free:
                 raise GroupLost(f"no worker group is left: {self._groups[0].ended}")
             return self._pick(trials)
@@ -161,7 +158,7 @@ class Switchboard:
         what is to be tried again needs another key.
 
         Raises:
-            TrainingFailed: as for `lease` and `execute`; the group is free again.
+            TrainingFailed: as for `take` and `execute`; the group is free again.
             StorageError: as for `check_storage`.
         """
         if key not in self._works:
@@ -172,7 +169,7 @@ class Switchboard:
         loop = asyncio.get_running_loop()
         asked_at = loop.time()
         while True:
-            group = await self._take(subjects(command))
+            group = await self.take(subjects(command))
             try:
                 await self._until_seated(self._groups[group])
                 waited_s = loop.time() - asked_at
@@ -211,10 +208,10 @@ class Switchboard:
 
     async def release(self, group: int) -> None:
         """Give a group back."""
-        async with self._lease_changed:
+        async with self._freed:
             if self._groups[group].ended is None and group not in self._free:
                 self._free.append(group)
-            self._lease_changed.notify_all()
+            self._freed.notify_all()
 
     async def execute(self, group: int, command: Command) -> Any:
         """Hand a leased group a command and wait for its result (Tune trial, driver).
@@ -277,12 +274,12 @@ class Switchboard:
     async def group_ended(self, group: int, message: str) -> None:
         """The group's Ray Train run is over (driver)."""
         it = self._groups[group]
-        async with self._lease_changed:
+        async with self._freed:
             it.ended, it.roster = message, Roster()  # a spare in it looks for a seat elsewhere
             if group in self._free:
                 self._free.remove(group)
             self._settle(it, failure=GroupLost(message))
-            self._lease_changed.notify_all()
+            self._freed.notify_all()
         await self._notify()
 
     async def stop_all(self) -> None:

@@ -24,7 +24,7 @@ def weights_after_training(request: RunRequest, trials: list[TrialSpec], paths: 
     """Train the trials one after another on one warm group; flat weights of each trial's last checkpoint."""
     with open_groups(1, request.job.scaling, request.dataset, paths, attempt=1) as groups:
         for trial in trials:
-            ray.get(groups.switchboard.execute.remote(0, TrainTo(trial, EPOCHS)))
+            ray.get(groups.switchboard.work.remote(trial.trial_id, TrainTo(trial, EPOCHS)))
     return {trial.trial_id: checkpoint_weights(paths, trial) for trial in trials}
 
 

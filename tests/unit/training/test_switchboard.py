@@ -119,15 +119,15 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 def test_every_group_is_lent_once() -> None:
     async def scenario(board: Switchboard) -> None:
-        assert sorted([await board.lease(), await board.lease(), await board.lease()]) == [0, 1, 2]
+        assert sorted([await board.take(), await board.take(), await board.take()]) == [0, 1, 2]
 
     _play(scenario, groups=3)
 
 
 def test_a_lease_waits_until_a_group_is_given_back() -> None:
     async def scenario(board: Switchboard) -> None:
-        group = await board.lease()
-        waiting = asyncio.create_task(board.lease())
+        group = await board.take()
+        waiting = asyncio.create_task(board.take())
         await _let_others_run()
         assert not waiting.done()
 
@@ -139,11 +139,11 @@ def test_a_lease_waits_until_a_group_is_given_back() -> None:
 
 def test_a_group_given_back_twice_is_lent_once() -> None:
     async def scenario(board: Switchboard) -> None:
-        group = await board.lease()
+        group = await board.take()
         await board.release(group)
         await board.release(group)
-        await board.lease()
-        waiting = asyncio.create_task(board.lease())
+        await board.take()
+        waiting = asyncio.create_task(board.take())
         await _let_others_run()
         assert not waiting.done()
         waiting.cancel()
@@ -153,9 +153,9 @@ def test_a_group_given_back_twice_is_lent_once() -> None:
 
 def test_who_waits_for_a_group_is_told_when_the_last_one_has_ended() -> None:
     async def scenario(board: Switchboard) -> None:
-        await board.lease()
-        await board.lease()
-        waiting = asyncio.create_task(board.lease())
+        await board.take()
+        await board.take()
+        waiting = asyncio.create_task(board.take())
         await board.group_ended(0, "gone")
         await _let_others_run()
         assert not waiting.done()
@@ -169,12 +169,12 @@ def test_who_waits_for_a_group_is_told_when_the_last_one_has_ended() -> None:
 def test_an_ended_group_is_not_lent_again() -> None:
     async def scenario(board: Switchboard) -> None:
         await board.group_ended(0, "gone")
-        held = await board.lease()
+        held = await board.take()
         assert held == 1
         await board.group_ended(held, "gone too")
         await board.release(held)
         with pytest.raises(TrainingFailed):
-            await board.lease()
+            await board.take()
 
     _play(scenario, groups=2)
 
@@ -253,7 +253,7 @@ def test_storage_that_fails_one_trial_is_not_tried_by_the_next(command: TrainTo)
         with pytest.raises(DiskFull):
             await result
         with pytest.raises(DiskFull, match="no space left"):
-            await board.lease()
+            await board.take()
 
     _play(scenario)
 
@@ -441,7 +441,7 @@ def test_who_asks_again_for_the_same_work_joins_it_and_gets_the_same_outcome(com
         assert outcome[2] == "done"
         assert await board.work("leg", command) == outcome
         assert board._groups[0].command is None
-        assert await board.lease() == 0
+        assert await board.take() == 0
 
     _play(scenario)
 
@@ -459,7 +459,7 @@ def test_a_failure_of_work_is_raised_and_frees_the_group(command: TrainTo) -> No
             assert caught.value.rows == 16
             working = asyncio.create_task(board.work("leg", command))
         await asyncio.gather(working, return_exceptions=True)
-        assert await board.lease() == 0
+        assert await board.take() == 0
 
     _play(scenario)
 
