@@ -54,11 +54,11 @@ def parse_budget(text: str) -> Budget:
     if found is None:
         raise SpecError(f"budget: '{text}' is not a number with a unit, such as 10m or 3gpuh; units are {_UNITS}")
     amount, unit = float(found[1]), found[2]
+    if not 0 < amount < math.inf:
+        raise SpecError(f"budget: '{text}' must be more than 0")
     if unit not in _WALL_UNITS_S and unit not in _GPU_UNITS_S:
         what = f"'{unit}' is not a unit" if unit else "a unit is missing"
         raise SpecError(f"budget: '{text}': {what}; units are {_UNITS}")
-    if not 0 < amount < math.inf:
-        raise SpecError(f"budget: '{text}' must be more than 0")
     if unit in _WALL_UNITS_S:
         return Budget(amount * _WALL_UNITS_S[unit], None, text)
     return Budget(None, amount * _GPU_UNITS_S[unit], text)

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 from tests.e2e.conftest import BIGRAY, Run, only_json, ray_processes
@@ -60,28 +59,3 @@ def check_deploying_the_run_again(bigray: Run, folder: str, tmp_path: Path, serv
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-
-
-def test_training_that_was_killed_goes_on_with_the_same_command(bigray: Run, tmp_path: Path) -> None:
-    one_model = "models={mlp={factory='bigray.models:mlp'}}"
-    settings = ("--set", f"storage={tmp_path}/runs", "--set", "training.epochs=40", "--set", one_model)
-    every = ("--set", "training.checkpoint_every_s=0.1")
-    process = subprocess.Popen([BIGRAY, "train", DIGITS, *settings, *every], stderr=subprocess.PIPE, text=True)
-    wait_for_checkpoint(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = bigray("train", DIGITS, *settings, *every, "--json")
-    plain = bigray("train", DIGITS, *settings, *every)
-    assert again.returncode == 0, again.stderr
-    assert only_json(again.stdout)["leaderboard"]["trials"][0]["status"] == "finished"
-    assert "is complete already" in plain.stderr
-    journals = sorted(tmp_path.glob("runs/digits-*/journal/*.jsonl"))
-    assert len(journals) == 2, "the second command went on in the first one's run folder"
-    assert '"kind": "resumed"' in journals[1].read_text()
-
-
-def wait_for_checkpoint(folder: Path, timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not list(folder.glob("runs/*/trials/*/ckpt-*/manifest.json")):
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.1)
