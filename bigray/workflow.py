@@ -86,6 +86,8 @@ def extend_request(
 ) -> tuple[RunRequest, SearchSpec]:
     """A finished sweep with `trials` more. Job and search file are not needed; where given, they must be the run's.
 
+    Where an extension has begun and not ended, that is what goes on, whatever `trials`.
+
     Raises:
         SpecError: no such run, not a sweep that can be extended, or something that decides the results has changed.
     """
@@ -98,21 +100,32 @@ def extend_request(
     if search_spec.search == "grid" or search_spec.scheduler == "pbt" or search_spec.trials is None:
         what = "a grid is whole" if search_spec.search == "grid" else "a population has a fixed size"
         raise SpecError(f"--extend: {paths.run_id}: {what}; begin another sweep with bigray tune")
+    if job is None and overrides:
+        raise SpecError(f"--set {overrides[0]}: with --extend it needs the job file too, to be changed; give both")
     if job is not None:
-        _check_same("the job", job_spec.fixed_by(), load_job(job, overrides).fixed_by(), paths)
+        asked_job = load_job(job, overrides)
+        _check_same("the job", job_spec.fixed_by(), asked_job.fixed_by(), paths)
+        job_spec = asked_job  # the number of workers may be another
     if search is not None:
         asked = load_search(search, job_spec)
         _check_same("the search", search_spec.model_dump(mode="json"), asked.model_dump(mode="json"), paths)
-    before = [event["trials"] for event in read_journal(paths) if event["kind"] in ("extended", "completed")]
-    total = max([search_spec.trials, *before]) + trials
+    total = extended_total(search_spec.trials, trials, list(read_journal(paths)))
     extended = search_spec.model_copy(update={"trials": total})
-    job_spec = job_spec.model_copy(update={"storage": paths.storage.uri.rpartition("/")[0]})
+    job_spec = job_spec.model_copy(update={"storage": paths.storage.uri.rpartition("/")[0] or "."})
     request = make_request(job_spec, search_trials(job_spec, extended), document["search"], extended_to=total)
     if request.dataset.fingerprint != document["data"]["fingerprint"]:
         raise SpecError(f"--extend: the rows of {job_spec.data.source} are not those of {paths.run_id}")
     if not re.fullmatch(rf"{re.escape(request.run_id)}(-\d+)?", paths.run_id):  # with the number that --new puts behind
         raise SpecError(f"--extend: the code of a model or task is not what {paths.run_id} was trained with")
     return replace(request, run_name=paths.run_id), search_spec
+
+
+def extended_total(at_first: int, more: int, events: Sequence[dict[str, Any]]) -> int:
+    """Trials in all after an extension: of the one that has not ended, else that many more than there are."""
+    begun = max((event["trials"] for event in events if event["kind"] == "extended"), default=at_first)
+    done = [event for event in events if event["kind"] == "completed" and event["whole"]]
+    is_done = any(event["trials"] >= begun for event in done)
+    return begun + more if is_done or begun == at_first else begun
 
 
 def _check_same(what: str, recorded: dict[str, Any], asked: dict[str, Any], paths: RunPaths) -> None:
@@ -158,7 +171,16 @@ def plan_request(request: RunRequest, serve: ServeSpec | None = None, *, address
     needs = serve.needs() if serve is not None else None
     actor_bytes = LEG_ACTOR_BYTES if request.search is not None else 0
     rows = request.dataset.num_rows
-    return make_plan(request.job, request.num_trials, rows, capacity, needs, trial_actor_bytes=actor_bytes)
+    data_bytes = request.dataset.arrays.nbytes
+    return make_plan(
+        request.job,
+        request.num_trials,
+        rows,
+        capacity,
+        needs,
+        data_bytes=data_bytes,
+        trial_actor_bytes=actor_bytes,
+    )
 
 
 def find_bundle(location: str | Path | Storage) -> str:

@@ -33,6 +33,11 @@ class TrainingArrays:
     x_val: NDArray[np.float32]
     y_val: Targets
 
+    @property
+    def nbytes(self) -> int:
+        """What the object store of a node holds of them, once."""
+        return sum(array.nbytes for array in (self.x_train, self.y_train, self.x_val, self.y_val))
+
 
 @dataclass(frozen=True)
 class Dataset:

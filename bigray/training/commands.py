@@ -153,9 +153,10 @@ class Event:
     """Something that happened, on its way to the journal and the screen."""
 
     kind: str
-    """From workers: resumed, epoch, checkpoint, warning. From the switchboard: lost, regrouped, hang. From who drives
-    them: started, state, failed, bundle. From `bigray verify`: killed, held. To the listener only: starting, resuming,
-    complete, groups, exporting, ranked."""
+    """From workers: resumed, epoch, checkpoint, warning, exploited, latency. From the switchboard: started, lost,
+    regrouped, hang, recycled. From who drives them: state, failed, retried, bundle. From a sweep: sweep, proposed,
+    promoted, probe, leg, rested, budget, finalists, extended. From `bigray verify`: killed, held. To the listener only:
+    starting, resuming, complete, groups, exporting, ranked."""
     trial_id: str
     values: dict[str, Any] = field(default_factory=dict)
 

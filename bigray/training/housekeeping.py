@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from bigray.paths import STACKS, RunPaths
@@ -30,8 +30,11 @@ class Housekeeping:
         attempt: int,
         keep_best: int,
         earlier: Iterable[Mapping[str, Any]],
+        *,
+        is_population: bool = False,
     ) -> None:
         """`earlier`: the journal of the attempts before, where the run goes on."""
+        self._is_population = is_population
         self._paths, self._attempt, self._keep_best = paths, attempt, keep_best
         self._trials = {trial.trial_id: trial for trial in trials}
         self._results: dict[str, TrialResult] = {}
@@ -54,11 +57,14 @@ class Housekeeping:
             if event.kind in _ABOUT_TRIALS:
                 self._take_in({"kind": event.kind, "trial": event.trial_id, **event.values})
         if self._ended != before:
-            self._trim([self._results[trial_id] for trial_id in sorted(self._ended) if not self._may_win(trial_id)])
+            self._trim([self._results[trial_id] for trial_id in sorted(self._ended) if not self._is_needed(trial_id)])
 
-    def finish(self) -> None:
-        """The run is complete: trials that were halted by the scheduler will not go on either."""
-        self._trim(list(self._results.values()))
+    def finish(self, winners: Collection[str] = ()) -> None:
+        """The run is complete: trials that were halted by the scheduler will not go on either.
+
+        `winners` keep their weights, whatever their own metric: an extension may judge them again.
+        """
+        self._trim([result for name, result in self._results.items() if name not in winners])
         self._paths.storage.delete_folder(STACKS)
 
     def _take_in(self, event: Mapping[str, Any]) -> None:
@@ -77,9 +83,10 @@ class Housekeeping:
                     if result.status != "halted":
                         self._ended.add(trial_id)
 
-    def _may_win(self, trial_id: str) -> bool:
-        """A finalist's seed, which is not judged by its own metric alone."""
-        return any(trial_id.startswith(f"{finalist}-seed") for finalist in self._finalists)
+    def _is_needed(self, trial_id: str) -> bool:
+        """A finalist's seed, which is not judged by its own metric alone; a member of a population, whose weights
+        another may be about to take over."""
+        return self._is_population or any(trial_id.startswith(f"{finalist}-seed") for finalist in self._finalists)
 
     def _trim(self, ended: list[TrialResult]) -> None:
         training = next(iter(self._trials.values())).training

@@ -23,6 +23,9 @@ import numpy as np
 import torch
 from torch.nn.modules import module as torch_modules
 from torch.optim import optimizer as torch_optimizer
+from torch.utils import _device as torch_device
+
+from bigray.errors import last_line
 
 OF_THE_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that each generation of the group sets for itself."""
@@ -43,6 +46,8 @@ _FOUR = float("4")
 """Not a literal: a quotient of those is worked out when this is compiled."""
 
 Restore = Callable[[], object]
+_HELD: list[object] = []
+"""Blocks that were entered to undo one that a trial never left; the end of such an object would leave them."""
 
 
 class CleanState:
@@ -50,6 +55,7 @@ class CleanState:
 
     def __init__(self) -> None:
         self._restores: list[Restore] = [
+            *_modes(),
             *_random_numbers(),
             *_autograd(),
             *_torch_settings(),
@@ -61,10 +67,20 @@ class CleanState:
         self._threads = set(threading.enumerate())
         self._told: set[threading.Thread] = set()
 
-    def restore(self) -> None:
-        """Put everything back. Takes well under a millisecond."""
-        for restore in self._restores:
-            restore()
+    def restore(self) -> str | None:
+        """Put everything back. Takes well under a millisecond.
+
+        Returns what could not be put back, in one line: no other trial should be trained in this process then.
+        """
+        failures: list[str] = []
+        for restore in (*self._restores, self._restore_environment):
+            try:
+                restore()
+            except Exception as error:  # whatever user code has put in the way; the rest is still put back
+                failures.append(f"{type(error).__name__}: {last_line(error)}")
+        return f"a trial before left what cannot be put back: {failures[0]}" if failures else None
+
+    def _restore_environment(self) -> None:
         for name in set(os.environ) - set(self._environment):
             del os.environ[name]
         for name, value in self._environment.items():
@@ -113,13 +129,49 @@ def _random_numbers() -> Iterable[Restore]:
 
 def _autograd() -> Iterable[Restore]:
     """Kept for each thread: the training thread's are what counts."""
+    yield _leave_inference_mode  # before the gradients: it switches them on
     yield _kept(torch.is_grad_enabled, torch._C._set_grad_enabled)
+    yield _kept(torch._C._is_fwd_grad_enabled, torch._C._set_fwd_grad_enabled)
+    yield _kept(torch._C._is_multithreading_enabled, torch._C._set_multithreading_enabled)
+    yield _kept(torch._C._is_view_replay_enabled, torch._C._set_view_replay_enabled)
     yield _kept(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly)
+    yield _leave_saved_tensors_hooks
     yield _leave_autocast
     for device in ("cpu", "cuda"):
         yield _kept(partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device))
         yield _kept(partial(torch.get_autocast_dtype, device), partial(torch.set_autocast_dtype, device))
     yield _kept(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)
+
+
+def _leave_inference_mode() -> None:
+    """One that was entered can be left by its own object alone; another block turns it off around all that follows."""
+    if torch.is_inference_mode_enabled():
+        off = torch.inference_mode(False)
+        off.__enter__()
+        _HELD.append(off)
+
+
+def _leave_saved_tensors_hooks() -> None:
+    saved: Any = torch._C._autograd
+    if not saved._saved_tensors_hooks_is_enabled():
+        saved._saved_tensors_hooks_enable()
+    while saved._top_saved_tensors_default_hooks(True) is not None:
+        saved._pop_saved_tensors_default_hooks()
+
+
+def _modes() -> Iterable[Restore]:
+    """What looks at each call of torch while its block is entered: a default device, and modes of the user's."""
+    native: Any = torch._C
+    yield partial(_empty, native._len_torch_function_stack, native._pop_torch_function_stack)
+    yield partial(_empty, native._len_torch_dispatch_stack, partial(native._pop_torch_dispatch_stack, None))
+    yield _attribute(torch_device, "CURRENT_DEVICE")
+    default: Any = torch._GLOBAL_DEVICE_CONTEXT
+    yield lambda: setattr(default, "device_context", None)  # its mode is gone with the others
+
+
+def _empty(depth: Callable[[], int], pop: Callable[[], object]) -> None:
+    while depth():  # bigray itself stays in none of them
+        pop()
 
 
 def _leave_autocast() -> None:
@@ -135,7 +187,6 @@ def _leave_autocast() -> None:
 def _torch_settings() -> Iterable[Restore]:
     yield _kept(torch.get_num_threads, torch.set_num_threads)
     yield _kept(torch.get_default_dtype, torch.set_default_dtype)
-    yield _kept(torch.get_default_device, lambda _: torch.set_default_device(None))
     yield _kept(_deterministic, lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]))
     yield _kept(_flushes_denormal, torch.set_flush_denormal)
     yield _kept(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
@@ -144,6 +195,7 @@ def _torch_settings() -> Iterable[Restore]:
         (deterministic, ("fill_uninitialized_memory",)),
         (torch.backends.cudnn, ("enabled", "benchmark", "deterministic", "allow_tf32")),
         (torch.backends.mkldnn, ("enabled",)),
+        (torch.backends.cuda.matmul, ("allow_tf32",)),
     ):
         for name in names:
             yield _attribute(owner, name)

@@ -48,6 +48,8 @@ class LiveRun:
     paths: RunPaths
     earlier: Sequence[Mapping[str, Any]]
     """The journal of the attempts before this one."""
+    is_unheard: Callable[[], bool]
+    """Whether the journal cannot be written any more: what is trained from here on would be lost."""
 
     def tell(self, events: Sequence[Event]) -> None:
         """To the journal and the screen, in the order of what the workers report."""
@@ -83,7 +85,7 @@ def run_trials(
     paths = _run_paths(request, new=new)
     paths.storage.check_writable()
     events = list(read_journal(paths))
-    if is_complete(request.num_trials, paths, events):
+    if is_complete(num_trials(request, events), paths, events):
         listener(Event("complete", "", {"run": paths.run_id}))
     else:
         if resolve_address(address) is None and not ray.is_initialized():
@@ -106,22 +108,25 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     journal = Journal.open(paths)
     # of a plain training, every model is wanted; of a sweep, the best
     keep_best = job.training.keep.best if request.search is not None else len(request.trials)
-    housekeeping = Housekeeping(paths, request.trials, journal.attempt, keep_best, earlier)
+    is_population = request.search is not None and request.search["scheduler"] == "pbt"
+    trials = known_trials(request, earlier)
+    housekeeping = Housekeeping(paths, trials, journal.attempt, keep_best, earlier, is_population=is_population)
     journal.append("attempt", plan=plan.to_json())
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
     with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
-        with _event_stream(groups, journal, housekeeping, listener):
-            drive(LiveRun(request, groups, paths, earlier))
+        with _event_stream(groups, journal, housekeeping, listener) as is_unheard:
+            drive(LiveRun(request, groups, paths, earlier, is_unheard))
         events = list(read_journal(paths))
         winner = _winner(request, paths, events, judge)
         listener(Event("exporting", winner.trial_id))
         with _event_stream(groups, journal, housekeeping, listener):
             _export(request, groups, paths, events, winner)
     is_whole = not any(event["kind"] == "budget" and event["attempt"] == journal.attempt for event in events)
-    journal.append("completed", winner.trial_id, whole=is_whole, trials=request.num_trials)
+    journal.append("completed", winner.trial_id, whole=is_whole, trials=num_trials(request, events))
     journal.flush(force=True)
     if is_whole:
-        housekeeping.finish()
+        finalists = judge(trial_results(known_trials(request, events), events), events) if judge is not None else ()
+        housekeeping.finish({winner.trial_id, *(finalist.best_seed_trial for finalist in finalists)})
 
 
 def _plan(request: RunRequest, capacity: Any) -> Any:
@@ -130,6 +135,7 @@ def _plan(request: RunRequest, capacity: Any) -> Any:
         request.num_trials,
         request.dataset.num_rows,
         capacity,
+        data_bytes=request.dataset.arrays.nbytes,
         trial_actor_bytes=LEG_ACTOR_BYTES if request.search is not None else 0,
     )
 
@@ -145,10 +151,15 @@ def _run_paths(request: RunRequest, *, new: bool) -> RunPaths:
     return RunPaths(root.child(run_id), run_id)
 
 
-def is_complete(num_trials: int, paths: RunPaths, events: Sequence[Mapping[str, Any]]) -> bool:
+def num_trials(request: RunRequest, events: Iterable[Mapping[str, Any]]) -> int:
+    """Trials of the run: of the request, or of a later extension."""
+    return max([request.num_trials, *(int(event["trials"]) for event in events if event["kind"] == "extended")])
+
+
+def is_complete(total: int, paths: RunPaths, events: Sequence[Mapping[str, Any]]) -> bool:
     """Whether that many trials were run to where the scheduler wanted them, and the winner was exported."""
     done = [event for event in events if event["kind"] == "completed" and event.get("whole", True)]
-    return any(event.get("trials", num_trials) >= num_trials for event in done) and paths.bundle.exists(MANIFEST)
+    return any(event.get("trials", total) >= total for event in done) and paths.bundle.exists(MANIFEST)
 
 
 def known_trials(request: RunRequest, events: Iterable[Mapping[str, Any]]) -> tuple[TrialSpec, ...]:
@@ -165,7 +176,7 @@ def known_trials(request: RunRequest, events: Iterable[Mapping[str, Any]]) -> tu
 def _tell_start(request: RunRequest, paths: RunPaths, events: Sequence[Mapping[str, Any]], listener: Listener) -> None:
     trials = known_trials(request, events)
     values: dict[str, Any] = {"run": paths.run_id, "folder": paths.storage.uri, "trials": trials}
-    values["total"] = max(len(trials), request.num_trials)
+    values["total"] = max(len(trials), num_trials(request, events))
     if events:
         ended = {event["trial"] for event in events if event["kind"] == "state" and event.get("ended")}
         step = max((event.get("step", 0) for event in events if event["kind"] == "checkpoint"), default=0)
@@ -177,8 +188,11 @@ def _tell_start(request: RunRequest, paths: RunPaths, events: Sequence[Mapping[s
 @contextlib.contextmanager
 def _event_stream(
     groups: WorkerGroups, journal: Journal, housekeeping: Housekeeping, listener: Listener
-) -> Iterator[None]:
-    """Carry events from the switchboard to the journal and the listener while the block runs (a driver thread)."""
+) -> Iterator[Callable[[], bool]]:
+    """Carry events from the switchboard to the journal and the listener while the block runs (a driver thread).
+
+    The value tells whether that has failed; what it failed with is raised where the block ends.
+    """
     ended = threading.Event()
     errors: list[Exception] = []
 
@@ -203,7 +217,7 @@ def _event_stream(
     thread = threading.Thread(target=pump_or_keep_error, name="event-stream", daemon=True)
     thread.start()
     try:
-        yield
+        yield lambda: bool(errors)
     except Exception:
         raise
     except BaseException:  # told to end: the checkpoints that are made now belong into the journal
@@ -285,7 +299,7 @@ def stack_of(trial_id: str, events: Iterable[Mapping[str, Any]]) -> str | None:
     for event in events:
         if event["kind"] == "completed" and event["whole"]:
             stack = None
-        for outcome in event["outcomes"] if event["kind"] == "leg" else ():
+        for outcome in event["outcomes"] if event["kind"] in ("leg", "rested") else ():
             if outcome["trial"] == trial_id:
                 stack = outcome["stack"]
     return stack

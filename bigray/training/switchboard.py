@@ -111,6 +111,8 @@ class Switchboard:
         self._works: dict[str, asyncio.Task[tuple[int, float, Any]]] = {}
         """By their key: under way, or done."""
         self._offers: dict[int, Any] = {}
+        self._is_resting = False
+        """The budget is used up."""
         self._changed = asyncio.Condition()
         """Notified when a generation begins, breaks, knows its store or yields, or a command comes or ends."""
         self._events: list[Event] = []
@@ -135,17 +137,22 @@ class Switchboard:
         """
         await self.check_storage()
         async with self._freed:
-            await self._freed.wait_for(lambda: self._free or all(g.ended for g in self._groups))
-            if not self._free:
+            await self._freed.wait_for(lambda: self._pickable() or all(it.ended for it in self._groups))
+            if not self._pickable():
                 raise GroupLost(f"no worker group is left: {self._groups[0].ended}")
             return self._pick(trials)
+
+    def _pickable(self) -> list[int]:
+        """Free groups that have begun: starting one is not the time of a trial, and another may be up before it."""
+        return [group for group in self._free if self._groups[group].roster.generation]
 
     def _pick(self, trials: frozenset[str]) -> int:
         """Of the free groups one that has just trained these trials, else the one that has been free the longest.
 
         One that waits for a worker is the last choice.
         """
-        ready = [group for group in self._free if not self._groups[group].roster.is_broken] or self._free
+        begun = self._pickable()
+        ready = [group for group in begun if not self._groups[group].roster.is_broken] or begun
         group = next((group for group in ready if trials & self._groups[group].last_trials), ready[0])
         self._free.remove(group)
         return group
@@ -171,22 +178,16 @@ class Switchboard:
         while True:
             group = await self.take(subjects(command))
             try:
-                await self._until_seated(self._groups[group])
                 waited_s = loop.time() - asked_at
                 if not isinstance(command, ExportBundle | ProbeStack):
                     for trial_id in sorted(subjects(command)):
                         self._tell(Event("started", trial_id, {"group": group}))
                 return group, waited_s, await self.execute(group, command)
             except GroupLost:
-                if all(it.ended for it in self._groups):
+                if all(it.ended or it.is_stopping for it in self._groups):
                     raise
             finally:
                 await self.release(group)
-
-    async def _until_seated(self, it: _Group) -> None:
-        """Until a group has begun its first generation: starting it is not the time of a trial."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: it.roster.generation or it.ended or it.is_stopping)
 
     async def offer(self, number: int, work: Any) -> None:
         """Lay something down under a number (driver), for whoever carries it out to take up."""
@@ -200,7 +201,11 @@ class Switchboard:
         return self._offers[number]
 
     async def rest_all(self) -> int:
-        """Have every group that trains end its command with the epoch under way (driver); returns how many do."""
+        """Have every group that trains end its command with the epoch under way (driver); returns how many do.
+
+        What is handed to a group after that, since it was waiting for one, ends with its first epoch.
+        """
+        self._is_resting = True
         training = [it for it in self._groups if it.trained is not None and it.result is not None]
         for it in training:
             it.must_rest = True
@@ -225,7 +230,8 @@ class Switchboard:
         result = asyncio.get_running_loop().create_future()
         serial = next(self._serials)
         it.command, it.result, it.last_loss = (serial, command), (serial, result), ""
-        it.must_rest, it.last_trials = False, subjects(command)
+        it.must_rest = self._is_resting and it.trained is not None
+        it.last_trials = subjects(command)
         await self._notify()
         return await result
 
@@ -325,6 +331,10 @@ class Switchboard:
         """Wait until every group has begun its first generation (driver)."""
         async with self._changed:
             await self._changed.wait_for(lambda: all(it.roster.generation or it.ended for it in self._groups))
+
+    async def has_begun(self) -> bool:
+        """Whether any group is up (driver)."""
+        return any(it.roster.generation for it in self._groups)
 
     async def members(self, group: int) -> tuple[Member, ...]:
         """The processes of a group by rank; none between two generations (driver)."""
@@ -461,6 +471,8 @@ class Switchboard:
         if it.roster.missing and it.roster.is_broken and it.looked_after != generation:
             it.looked_after = generation
             self._background(self._give_up_on_missing(it, generation))
+        async with self._freed:
+            self._freed.notify_all()
         await self._notify()
 
     def _try_to_seat(self, it: _Group) -> None:

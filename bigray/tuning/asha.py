@@ -23,6 +23,7 @@ Key = tuple[float, float, str]
 
 @dataclass
 class _Rung:
+    reached: set[str] = field(default_factory=set)
     results: list[Key] = field(default_factory=list)
     """Of all that have reached it, sorted."""
     waiting: list[Key] = field(default_factory=list)
@@ -51,9 +52,12 @@ class Asha:
         reached = [index for index, epoch in enumerate(epochs) if epoch <= outcome.epoch]
         index = reached[-1] if reached else 0  # one that failed counts where it began
         if index == len(epochs) - 1:
-            self._has_finished = True
+            self._has_finished = self._has_finished or outcome.ended not in ("diverged", "failed")
             return
         rung = self._rungs.setdefault(index, _Rung())
+        if trial.trial_id in rung.reached:
+            return  # it was promoted from here, and ended before the next
+        rung.reached.add(trial.trial_id)
         key = (badness(outcome.value, self._mode), outcome.loss, trial.trial_id)
         insort(rung.results, key)
         if outcome.ended is None:

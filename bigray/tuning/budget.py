@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bigray.errors import SpecError
 from bigray.specs import ScalingSpec
@@ -26,16 +28,6 @@ class Budget:
     def is_used(self, wall_s: float, gpu_s: float) -> bool:
         """Whether a sweep that has taken this long, and this much GPU time, has to end."""
         return self._fraction_used(wall_s, gpu_s) >= 1.0
-
-    def remaining_s(self, wall_s: float, gpu_s: float, gpus: float) -> float:
-        """Wall seconds until it is used up while `gpus` are held all the time; infinite where that never comes."""
-        if self.wall_s is not None:
-            return max(0.0, self.wall_s - wall_s)
-        assert self.gpu_s is not None
-        left_gpu_s = max(0.0, self.gpu_s - gpu_s)
-        if not left_gpu_s:
-            return 0.0
-        return left_gpu_s / gpus if gpus else math.inf
 
     def _fraction_used(self, wall_s: float, gpu_s: float) -> float:
         if self.wall_s is not None:
@@ -71,3 +63,26 @@ def budget_faults(budget: Budget, scaling: ScalingSpec) -> list[str]:
     return [
         f"budget: '{budget.text}' is GPU time, but scaling.gpus_per_worker is 0; give wall time, such as 10m, or GPUs"
     ]
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a run has taken so far."""
+
+    wall_s: float
+    gpu_s: float
+
+
+def used_before(events: Iterable[Mapping[str, Any]]) -> Used:
+    """By the attempts of a journal: each from its first trial's start to the last that was heard of it."""
+    gpus: dict[int, float] = {}
+    spans: dict[int, tuple[float, float]] = {}
+    for event in events:
+        attempt, time = event["attempt"], event["time"]
+        if event["kind"] == "attempt":
+            gpus[attempt] = event["plan"]["gpus"]
+        elif event["kind"] == "started" or attempt in spans:
+            first, _ = spans.get(attempt, (time, time))
+            spans[attempt] = (first, time)
+    walls = {attempt: last - first for attempt, (first, last) in spans.items()}
+    return Used(sum(walls.values()), sum(wall_s * gpus.get(attempt, 0.0) for attempt, wall_s in walls.items()))

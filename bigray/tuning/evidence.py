@@ -39,9 +39,7 @@ def judge_run(
     )
 
 
-def _values_of_seeds(
-    trial_id: str, seeds: int, sound: Mapping[str, TrialResult], metric: str
-) -> dict[str, float]:
+def _values_of_seeds(trial_id: str, seeds: int, sound: Mapping[str, TrialResult], metric: str) -> dict[str, float]:
     """By the name of the trial of each seed that came to a value."""
     names = [seed_trial_id(trial_id, number) for number in range(1, seeds + 1)]
     found = {name: sound[name].metrics.get(metric, math.nan) for name in names if name in sound}

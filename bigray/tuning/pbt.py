@@ -7,9 +7,8 @@ is in the `exploited` events.
 
 from __future__ import annotations
 
-import json
-import re
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from bigray.specs import RangeSpec, SearchSpec, TrainingSpec, TrialSpec
 from bigray.training.commands import TakeOver
 from bigray.tuning.leg import Outcome
 from bigray.tuning.policy import Advance, badness
-from bigray.tuning.space import draw, rounded
+from bigray.tuning.space import draw, rounded, trial_name
 
 PERTURBATIONS = (0.8, 1.2)
 
@@ -81,28 +80,32 @@ class Pbt:
         self._ready.append(Advance(trial, until, take_over))
 
     def _explored(self, trial: TrialSpec, source: TrialSpec, epoch: int) -> TrialSpec:
-        """The source under a new name, with changed settings."""
-        name = re.sub(r"-at\d+$", "", trial.trial_id)
-        generator = np.random.default_rng([self._seed, epoch, *name.encode()])
+        """The source with changed settings, under the number of the trial whose place it takes."""
+        number = int(trial.trial_id.partition("-")[0])
+        generator = np.random.default_rng([self._seed, epoch, number])
         settings = source.training.model_dump()
         for key, values in self._search.space_of(source.model_name).items():
             if key != "epochs":  # its length of life is the population's
-                settings[key] = self._perturbed(values, settings[key], generator)
+                settings[key] = self._perturbed(key, values, source.training, generator)
         return source.model_copy(
-            update={"trial_id": f"{name}-at{epoch}", "training": TrainingSpec.model_validate(settings)}
+            update={
+                "trial_id": f"{trial_name(number, source.model_name)}-at{epoch}",
+                "training": TrainingSpec.model_validate(settings),
+            }
         )
 
-    def _perturbed(self, values: RangeSpec, value: Any, generator: np.random.Generator) -> Any:
+    def _perturbed(self, key: str, values: RangeSpec, training: TrainingSpec, generator: np.random.Generator) -> Any:
         if generator.random() < self._search.pbt.resample_probability:
             return draw(values, generator)
         if values.choice is not None:
-            here = next(place for place, choice in enumerate(values.choice) if _as_json(choice) == _as_json(value))
-            place = here + int(generator.choice([-1, 1]))
+            place = _place_of(key, values.choice, training) + int(generator.choice([-1, 1]))
             return values.choice[min(max(place, 0), len(values.choice) - 1)]
-        low, high = values.uniform or values.log_uniform or (value, value)
-        return rounded(value * float(generator.choice(PERTURBATIONS)), low, high)
+        low, high = values.uniform or values.log_uniform or (0.0, 0.0)
+        return rounded(getattr(training, key) * float(generator.choice(PERTURBATIONS)), low, high)
 
 
-def _as_json(value: Any) -> str:
-    """A specification keeps as a tuple what the file has as a list."""
-    return json.dumps(value, sort_keys=True)
+def _place_of(key: str, choices: Sequence[Any], training: TrainingSpec) -> int:
+    """Which of the choices a trial has: a specification may write one otherwise than the file, such as 0 as 0.0."""
+    settings = training.model_dump()
+    as_written = [TrainingSpec.model_validate({**settings, key: choice}).model_dump()[key] for choice in choices]
+    return as_written.index(settings[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -36,11 +37,6 @@ class Policy(Protocol):
 
     def close(self) -> None:
         """No new trials will begin, and everything sent out has been told."""
-
-
-def is_better(value: float, other: float, mode: Literal["max", "min"]) -> bool:
-    """NaN is worse than any number."""
-    return badness(value, mode) < badness(other, mode)
 
 
 def badness(value: float, mode: Literal["max", "min"]) -> float:
@@ -79,13 +75,15 @@ class ToTheEnd:
 class MedianStopping:
     """A trial whose best value is worse than the median of the others' at the same epoch ends there.
 
-    Looks at multiples of `grace_epochs`; compares best values so far, where Vizier's rule compares with the others'
-    running averages (Golovin et al. 2017, section 3.2.2): they are what a trial reports at a pause.
+    Looks at multiples of `grace_epochs`; of an even number of others the worse middle one counts. It compares best
+    values so far, where Vizier's rule compares with the others' running averages (Golovin et al. 2017, section 3.2.2):
+    they are what a trial reports at a pause.
     """
 
     def __init__(self, search: SearchSpec, mode: Literal["max", "min"]) -> None:
         self._grace, self._min_trials, self._mode = search.median.grace_epochs, search.median.min_trials, mode
         self._values: dict[int, list[float]] = {}
+        """Badness of all that came to an epoch, sorted."""
         self._ready: deque[Advance] = deque()
 
     def begin(self, trial: TrialSpec) -> Advance:
@@ -93,8 +91,8 @@ class MedianStopping:
 
     def tell(self, trial: TrialSpec, outcome: Outcome) -> None:
         others = self._values.setdefault(outcome.epoch, [])
-        is_worse = len(others) >= self._min_trials and badness(outcome.value, self._mode) > self._median(others)
-        others.append(badness(outcome.value, self._mode))
+        is_worse = len(others) >= self._min_trials and badness(outcome.value, self._mode) > others[len(others) // 2]
+        insort(others, badness(outcome.value, self._mode))
         if outcome.ended is None and not is_worse:
             self._ready.append(Advance(trial, min(outcome.epoch + self._grace, trial.training.epochs)))
 
@@ -103,7 +101,3 @@ class MedianStopping:
 
     def close(self) -> None:
         pass
-
-    def _median(self, values: list[float]) -> float:
-        ordered = sorted(values)
-        return ordered[len(ordered) // 2]  # of an even number the worse one: in doubt a trial goes on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Literal, Protocol
 
 from bigray.specs import JobSpec, RangeSpec, SearchSpec, TrialSpec
@@ -61,7 +62,9 @@ class Tpe:
         self._models = models_in_turn(job)
         self._studies = {name: _study(search, name, job.seed + number) for number, name in enumerate(job.models)}
         self._told: dict[str, float] = {}
-        self._open: list[TrialSpec] = []
+        """Badness of those that Optuna has not heard of yet."""
+        self._worst: float | None = None
+        self._open: dict[str, TrialSpec] = {}
         """Proposed, and not told to Optuna yet."""
 
     def propose(self, count: int) -> list[TrialSpec]:
@@ -74,24 +77,27 @@ class Tpe:
             assert point is not None, "OptunaSearch always has a suggestion"
             space = self._search.space_of(name)
             config = {key: _plain(space[key], point[key]) for key in space}
-            proposed.append(make_trial(self._job, self._search, trial_number, name, config, total=self._total))
-        self._open += proposed
+            proposed.append(make_trial(self._job, self._search, trial_number, name, config))
+        self._open |= {trial.trial_id: trial for trial in proposed}
         return proposed
 
     def extend(self, total: int) -> None:
         self._total = total
 
     def tell(self, trial: TrialSpec, outcome: Outcome) -> None:
-        self._told[trial.trial_id] = badness(outcome.value, self._mode)
+        value = badness(outcome.value, self._mode)
+        if value != math.inf:
+            self._worst = value if self._worst is None else max(self._worst, value)
+        if trial.trial_id in self._open:
+            self._told[trial.trial_id] = value
 
     def _tell_optuna(self) -> None:
         """Values as they are now: Optuna takes one value of a trial, once."""
-        worst = max((value for value in self._told.values() if value != float("inf")), default=0.0)
-        for trial in [trial for trial in self._open if trial.trial_id in self._told]:
-            self._open.remove(trial)
-            value = min(self._told[trial.trial_id], worst)
-            number = str(int(trial.trial_id.partition("-")[0]))
-            self._studies[trial.model_name].on_trial_complete(number, {"badness": value})
+        for trial_id, value in self._told.items():
+            trial = self._open.pop(trial_id)
+            number = str(int(trial_id.partition("-")[0]))
+            self._studies[trial.model_name].on_trial_complete(number, {"badness": min(value, self._worst or 0.0)})
+        self._told = {}
 
 
 def _study(search: SearchSpec, model_name: str, seed: int) -> Any:

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from bigray.cluster.plan import LEG_ACTOR_BYTES
-from bigray.ranking import training_wall_s
 from bigray.results import Finalist, Leaderboard, TrialResult
 from bigray.specs import JobSpec, SearchSpec
 from bigray.training.commands import Event
 from bigray.training.request import RunRequest, make_request
 from bigray.training.session import Judge, Listener, LiveRun, run_trials, silent
 from bigray.training.switchboard import ask
-from bigray.tuning.budget import Budget
+from bigray.tuning.budget import Budget, used_before
 from bigray.tuning.evidence import judge_run
 from bigray.tuning.policies import make_policy
 from bigray.tuning.proposals import make_proposer
@@ -96,7 +95,7 @@ def _run_sweep(run: LiveRun, search: SearchSpec, budget: Budget | None) -> None:
         [event for event in run.earlier if event["kind"] == "leg"],
         offer=lambda leg: ask(board.offer.remote(leg.number, leg)),
         tell=run.tell,
-        must_stop=is_used_up.is_set,
+        must_stop=lambda: is_used_up.is_set() or run.is_unheard(),
     )
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(LegTrial, switchboard=board),
@@ -135,8 +134,10 @@ def _make_sweep(run: LiveRun, search: SearchSpec) -> Sweep:
     if begun is None:
         run.tell([Event("sweep", "", {"slots": slots})])
     if request.extended_to is not None and request.extended_to not in totals:
-        run.tell([Event("extended", "", {"trials": request.extended_to})])
         totals.append(request.extended_to)
+        # also told as trials, since the command that began the sweep knows only of its own
+        drawn = [trial.model_dump(mode="json") for trial in request.drawn_trials]
+        run.tell([Event("extended", "", {"trials": totals[-1]}), Event("proposed", "", {"trials": drawn})])
     mode = request.trials[0].training.selection_mode
     return Sweep(
         search,
@@ -167,16 +168,18 @@ def _watched_budget(run: LiveRun, budget: Budget | None, is_used_up: threading.E
 
 
 def _watch_budget(run: LiveRun, budget: Budget, is_used_up: threading.Event, is_over: threading.Event) -> None:
-    """Counts from the moment the groups are up, and what earlier attempts have used."""
-    ask(run.groups.switchboard.all_seated.remote())
-    started = time.monotonic()
-    gpus = run.groups.count * run.request.job.scaling.max_workers * run.request.job.scaling.gpus_per_worker
-    wall_before_s = training_wall_s(run.earlier)
-    gpu_before_s = sum(event["ledger"]["gpu_s"] for event in run.earlier if event["kind"] == "state")
+    """Counts from the moment a group is up, and what earlier attempts have used."""
+    board = run.groups.switchboard
+    scaling = run.request.job.scaling
+    gpus = run.groups.count * scaling.max_workers * scaling.gpus_per_worker
+    before, started = used_before(run.earlier), None
     while not is_over.wait(BUDGET_WATCH_EVERY_S):
+        if started is None:
+            started = time.monotonic() if ask(board.has_begun.remote()) else None
+            continue
         wall_s = time.monotonic() - started
-        if budget.is_used(wall_before_s + wall_s, gpu_before_s + wall_s * gpus):
+        if budget.is_used(before.wall_s + wall_s, before.gpu_s + wall_s * gpus):
             is_used_up.set()
             run.tell([Event("budget", "", {"text": f"the budget of {budget.text} is used up"})])
-            ask(run.groups.switchboard.rest_all.remote())
+            ask(board.rest_all.remote())
             return

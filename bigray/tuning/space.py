@@ -25,17 +25,7 @@ def search_trials(job: JobSpec, search: SearchSpec) -> tuple[TrialSpec, ...]:
     drawn = {name: _configs(job, search, number) for number, name in enumerate(job.models)}
     rounds = itertools.zip_longest(*[[(name, config) for config in configs] for name, configs in drawn.items()])
     in_turn = [pair for one_round in rounds for pair in one_round if pair is not None]
-    return tuple(
-        make_trial(job, search, number, name, config, total=len(in_turn))
-        for number, (name, config) in enumerate(in_turn)
-    )
-
-
-def num_trials(job: JobSpec, search: SearchSpec) -> int:
-    """How many trials a search has in all."""
-    if search.trials is not None:
-        return search.trials
-    return sum(len(grid(search.space_of(name))) for name in job.models)
+    return tuple(make_trial(job, search, number, name, config) for number, (name, config) in enumerate(in_turn))
 
 
 def models_in_turn(job: JobSpec) -> Iterator[str]:
@@ -43,23 +33,26 @@ def models_in_turn(job: JobSpec) -> Iterator[str]:
     return itertools.cycle(job.models)
 
 
-def make_trial(
-    job: JobSpec, search: SearchSpec, number: int, model_name: str, config: dict[str, Any], *, total: int
-) -> TrialSpec:
-    """The job's settings with those of a point of the space. `total` trials in all: their ids sort by number."""
-    width = max(4, len(str(total - 1)))
+def make_trial(job: JobSpec, search: SearchSpec, number: int, model_name: str, config: dict[str, Any]) -> TrialSpec:
+    """The job's settings with those of a point of the space."""
     settings = {**job.training.model_dump(), **config}
     if search.metric is not None:
         settings["metric"] = search.metric
-    if job.training.lr_scaling != "none" and job.training.lr_batch_size is None:
+    if settings["lr_scaling"] == "none":
+        settings["lr_batch_size"] = None
+    elif settings["lr_batch_size"] is None:
         settings["lr_batch_size"] = job.training.global_batch_size
     return TrialSpec(
-        trial_id=f"{number:0{width}d}-{model_name}",
+        trial_id=trial_name(number, model_name),
         model_name=model_name,
         model=job.models[model_name],
         training=TrainingSpec.model_validate(settings),
         seed=job.seed,
     )
+
+
+def trial_name(number: int, model_name: str) -> str:
+    return f"{number:04d}-{model_name}"
 
 
 def reseeded(trial: TrialSpec, number: int) -> TrialSpec:

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bigray.specs import SearchSpec, TrialSpec
 from bigray.training.commands import Event
@@ -23,12 +23,22 @@ from bigray.tuning.space import reseeded
 
 STACK_LANES = 64
 """Most lanes of a stack: by then a step of a small model is bound by its arithmetic."""
-TPE_LANES = 16
-"""Trials proposed in one go by a search that learns from the ones before."""
+TPE_LANES = 8
+"""Trials proposed in one go by a search that learns from the ones before, where they may be stacked."""
 FULL_SHARE = 0.5
 """A stack of promoted trials waits, while new ones can begin, until it is filled by this much."""
 MIN_LANES = 4
 """For fewer trials of a kind, stacking cannot save what the probe costs."""
+
+
+class _Queue(NamedTuple):
+    """Trials that may go on together."""
+
+    epoch: int
+    """Where they go."""
+    kind: str
+    at_epoch: int
+    """Where they are: the lanes of a stack begin at one place."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class _Seat:
     """Where a trial is now."""
 
     trial: TrialSpec
+    epoch: int
+    """Where its state on storage stands; 0 where there is none."""
     stack: str | None = None
 
 
@@ -66,8 +78,8 @@ class Sweep:
         self._probing: set[str] = set()
         """Kinds whose probe is under way."""
         self._begun: set[str] = set()
-        self._waiting: dict[tuple[int, str], deque[Advance]] = {}
-        """Decided and not sent out, by epoch and kind."""
+        self._waiting: dict[_Queue, deque[Advance]] = {}
+        """Decided and not sent out."""
         self._seats: dict[str, _Seat] = {}
         self._best: dict[str, Outcome] = {}
         """The newest outcome of each trial."""
@@ -133,9 +145,9 @@ class Sweep:
         if outcome.micro_batch_size is not None:
             training = trial.training.model_copy(update={"micro_batch_size": outcome.micro_batch_size})
             trial = trial.model_copy(update={"training": training})
-        self._seats[trial.trial_id] = _Seat(trial, outcome.stack)
-        self._best[trial.trial_id] = outcome
+        self._seats[trial.trial_id] = _Seat(trial, outcome.epoch, outcome.stack)
         if self._finalists is None:
+            self._best[trial.trial_id] = outcome
             self._proposer.tell(trial, outcome)
             self._policy.tell(trial, outcome)
         self._collect()
@@ -153,7 +165,9 @@ class Sweep:
         if advance.is_promotion:
             self._news.append(Event("promoted", trial.trial_id, {"epoch": advance.epoch}))
         key = self._kind_of(trial) if trial.training.micro_batch_size is None else trial.trial_id
-        self._waiting.setdefault((advance.epoch, key), deque()).append(advance)
+        seat = self._seats.get(trial.trial_id)
+        queue = _Queue(advance.epoch, key, 0 if seat is None else seat.epoch)
+        self._waiting.setdefault(queue, deque()).append(advance)
 
     def _decide(self) -> Leg | None:
         for decide in (self._promote, self._begin, self._flush, self._end_search, self._flush):
@@ -163,10 +177,10 @@ class Sweep:
 
     def _promote(self) -> Leg | None:
         """Those that go furthest first; of trials that can be stacked, not before a stack is worth it."""
-        for epoch, key in sorted(self._waiting, key=lambda place: -place[0]):
-            num = len(self._waiting[epoch, key])
-            if not self._choices.get(key, False) or num >= FULL_SHARE * self._most_lanes():
-                return self._send_waiting(epoch, key)
+        for queue in sorted(self._waiting, key=lambda queue: -queue.epoch):
+            num = len(self._waiting[queue])
+            if not self._choices.get(queue.kind, False) or num >= FULL_SHARE * self._most_lanes():
+                return self._send_waiting(queue)
         return None
 
     def _begin(self) -> Leg | None:
@@ -178,25 +192,26 @@ class Sweep:
         kinds = [kind for kind in self._fresh if kind not in self._probing]
         if not kinds:
             return None
-        key = min(kinds, key=lambda kind: self._fresh[kind][0].trial_id)
+        key = min(kinds, key=lambda kind: int(self._fresh[kind][0].trial_id.partition("-")[0]))
         if self._needs_probe(key):
             self._probing.add(key)
-            return Leg(len(self._legs), "probe", (self._fresh[key][0],), 0, num_lanes=self._most_lanes())
+            lanes = min(len(self._fresh[key]), self._most_lanes())
+            return Leg(len(self._legs), "probe", (self._fresh[key][0],), 0, num_lanes=lanes)
         queue = self._fresh[key]
         num = min(len(queue), self._most_lanes()) if self._choices.get(key, False) else 1
         advances = [self._policy.begin(queue.popleft()) for _ in range(num)]
         self._begun |= {advance.trial.trial_id for advance in advances}
         if not queue:
             del self._fresh[key]
-        epoch = advances[0].epoch
-        self._waiting.setdefault((epoch, key), deque()).extend(advances)
-        return self._send_waiting(epoch, key)
+        begun = _Queue(advances[0].epoch, key, 0)
+        self._waiting.setdefault(begun, deque()).extend(advances)
+        return self._send_waiting(begun)
 
     def _propose(self) -> None:
         if self._fresh or self._is_exhausted:
             return
-        may_stack = self._can_stack and (not self._choices or any(self._choices.values()))
-        trials = self._proposer.propose(self._most_lanes() if may_stack else 1)
+        # not by what the probes found: the same seed proposes the same trials on a faster machine
+        trials = self._proposer.propose(self._most_lanes() if self._can_stack else 1)
         self._is_exhausted = not trials
         if self._search.search == "tpe" and trials:
             self._news.append(Event("proposed", "", {"trials": [trial.model_dump(mode="json") for trial in trials]}))
@@ -211,7 +226,7 @@ class Sweep:
         """Nothing new can begin: send what waits, the shortest way first, since others may join the longer ones."""
         if not self._waiting:
             return None
-        return self._send_waiting(*min(self._waiting))
+        return self._send_waiting(min(self._waiting))
 
     def _end_search(self) -> Leg | None:
         """Once all is told: let the policy end its round, train the finalists with other seeds, begin a new chapter."""
@@ -226,7 +241,7 @@ class Sweep:
             self._proposer.extend(self._chapters.popleft())
             self._is_exhausted, self._finalists = False, None
             # the stacks went when the sweep was complete: a trial that is promoted now trains again from the start
-            self._seats = {trial_id: _Seat(seat.trial) for trial_id, seat in self._seats.items()}
+            self._seats = {trial_id: _Seat(seat.trial, 0) for trial_id, seat in self._seats.items()}
             return self._begin()
         return None
 
@@ -249,19 +264,19 @@ class Sweep:
     def _most_lanes(self) -> int:
         return TPE_LANES if self._search.search == "tpe" else STACK_LANES
 
-    def _send_waiting(self, epoch: int, key: str) -> Leg:
-        queue = self._waiting[epoch, key]
-        is_stacked = self._choices.get(key, False) and len(queue) > 1
-        num = min(len(queue), self._most_lanes()) if is_stacked else 1
-        advances = [queue.popleft() for _ in range(num)]
-        if not queue:
-            del self._waiting[epoch, key]
+    def _send_waiting(self, queue: _Queue) -> Leg:
+        waiting = self._waiting[queue]
+        is_stacked = self._choices.get(queue.kind, False) and len(waiting) > 1
+        num = min(len(waiting), self._most_lanes()) if is_stacked else 1
+        advances = [waiting.popleft() for _ in range(num)]
+        if not waiting:
+            del self._waiting[queue]
         trials = tuple(advance.trial for advance in advances)
         return Leg(
             number=len(self._legs),
             kind="stacked" if is_stacked else "alone",
             trials=trials,
-            epoch=epoch,
+            epoch=queue.epoch,
             stacks=tuple(self._stack_of(trial) for trial in trials),
             take_over=None if is_stacked else advances[0].take_over,
             time_a_row=self._finalists is not None,

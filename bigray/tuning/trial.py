@@ -41,8 +41,9 @@ class LegTrial(Trainable):  # type: ignore[misc]
             result, events = carry_out(self._switchboard, leg)
         except GroupLost as error:
             return {FAILURE: str(error), "done": True}
-        if is_complete(leg, result):  # else it rests, and is gone on with by the next attempt
-            events.append(Event("leg", "", {"kind_of_leg": leg.kind, "epoch": leg.epoch, **result.to_json()}))
+        # one that rests is gone on with by the next attempt; where its state is, is good to know before
+        kind = "leg" if is_complete(leg, result) else "rested"
+        events.append(Event(kind, "", {"kind_of_leg": leg.kind, "epoch": leg.epoch, **result.to_json()}))
         ask(self._switchboard.push_all.remote(events))
         return {RESULT: json.dumps(result.to_json()), "done": True}
 
@@ -60,15 +61,17 @@ def carry_out(switchboard: Any, leg: Leg) -> tuple[LegResult, list[Event]]:
     """
     if leg.kind == "probe":
         return _probe(switchboard, leg)
+    events: list[Event] = []
     if leg.kind == "stacked":
         try:
             group, waited_s, states = ask(switchboard.work.remote(leg.name, leg.command))
             return _stack_result(leg, states, group, waited_s)
         except GroupLost:
             raise
-        except TrainingFailed:  # one of them, perhaps: by themselves, each costs only itself
-            pass
-    outcomes, events = [], []
+        except TrainingFailed as error:  # one of them, perhaps: by themselves, each costs only itself
+            text = f"a stack of {len(leg.trials)} is trained one by one: {error}"
+            events.append(Event("warning", leg.trials[0].trial_id, {"text": text}))
+    outcomes = []
     for lane, trial in enumerate(leg.trials):
         state, told = train_alone(switchboard, f"{leg.name}-{trial.trial_id}", leg.alone(lane))
         outcomes.append(Outcome.failed(trial) if state is None else Outcome.of_state(trial, leg.epoch, state, None))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from bigray.bundle import ModelBundle
 from bigray.data.features import Column
 from bigray.errors import SpecError, StorageError
 from bigray.serve.sample import write_sample_bundle
-from bigray.workflow import curl_command, find_bundle, read_files
+from bigray.workflow import curl_command, extended_total, find_bundle, read_files
 
 
 def _sample(folder: Path, column: str = "width") -> str:
@@ -59,3 +60,26 @@ def test_the_faults_of_all_files_of_a_command_are_told_together(tmp_path: Path) 
 
     for name in ("job.toml", "search.toml", "serve.yaml"):
         assert any(name in fault for fault in caught.value.faults), caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("events", "total"),
+    [
+        ([], 8),
+        ([{"kind": "completed", "whole": True, "trials": 5}], 8),
+        ([{"kind": "completed", "whole": True, "trials": 5}, {"kind": "extended", "trials": 8}], 8),
+        (
+            [
+                {"kind": "completed", "whole": True, "trials": 5},
+                {"kind": "extended", "trials": 8},
+                {"kind": "completed", "whole": True, "trials": 8},
+            ],
+            11,
+        ),
+    ],
+    ids=["not complete", "complete", "extension under way", "extended"],
+)
+def test_an_extension_that_was_cut_off_goes_on_and_one_that_has_ended_is_followed_by_another(
+    events: list[dict[str, Any]], total: int
+) -> None:
+    assert extended_total(5, 3, events) == total

@@ -103,3 +103,20 @@ def test_a_run_that_goes_on_trims_by_what_earlier_attempts_found(paths: RunPaths
     Housekeeping(paths, trials, 1, 1, earlier).note(_state("b", 0.5))
 
     assert _names_trimmed(paths) == {"b"}
+
+
+def test_who_has_won_keeps_its_weights_whatever_its_own_metric(paths: RunPaths) -> None:
+    housekeeping = Housekeeping(paths, _saved(paths, "a", "b", "c"), 1, 1, [])
+    housekeeping.note([*_state("a", 0.9, None), *_state("b", 0.8, None), *_state("c", 0.7, None)])
+    housekeeping.finish({"c"})
+
+    assert _names_trimmed(paths) == {"b"}
+
+
+def test_of_a_population_nothing_goes_before_the_run_is_complete(paths: RunPaths) -> None:
+    housekeeping = Housekeeping(paths, _saved(paths, "a", "b"), 1, 1, [], is_population=True)
+    housekeeping.note([*_state("a", 0.9), *_state("b", 0.8)])
+    assert _names_trimmed(paths) == set()
+
+    housekeeping.finish()
+    assert _names_trimmed(paths) == {"b"}

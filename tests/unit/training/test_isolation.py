@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigray.data.dataset import TrainingArrays
 from bigray.specs import TrialSpec
@@ -125,12 +126,75 @@ def _flushes() -> bool:
     return sys.float_info.min / float("4") == 0.0
 
 
+def _enter_inference_mode() -> None:
+    _LEFT.append(torch.inference_mode())
+    _LEFT[-1].__enter__()
+
+
+def _enter_device() -> None:
+    torch.device("meta").__enter__()
+
+
+def _enter_two_devices() -> None:
+    torch.set_default_device("meta")
+    _enter_device()
+
+
+class _Doubles(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) * 2
+
+
+def _double_saved_tensors() -> None:
+    torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor * 2, lambda tensor: tensor).__enter__()
+
+
+def _forbid_saved_tensors_hooks() -> None:
+    _LEFT.append(torch.autograd.graph.disable_saved_tensors_hooks("not here"))
+    _LEFT[-1].__enter__()
+
+
+def _square_gradient() -> float:
+    x = torch.ones(1, requires_grad=True)
+    (x * x).backward()
+    assert x.grad is not None
+    return x.grad.item()
+
+
+def _can_save_on_cpu() -> bool:
+    try:
+        with torch.autograd.graph.save_on_cpu():
+            return True
+    except RuntimeError:
+        return False
+
+
+_LEFT: list[Any] = []
+"""Blocks that are entered and held, so that nothing leaves them but what is tested."""
+
 KINDS: dict[str, tuple[Disturb, Look]] = {
     "random numbers": (_seed_all, _draws),
     "torch threads": (lambda: torch.set_num_threads(2), torch.get_num_threads),
     "gradients off": (lambda: torch._C._set_grad_enabled(False), torch.is_grad_enabled),
     "default dtype": (lambda: torch.set_default_dtype(torch.float64), lambda: torch.ones(1).dtype),
     "default device": (lambda: torch.set_default_device("meta"), lambda: torch.empty(1).device),
+    "inference mode": (
+        _enter_inference_mode,
+        lambda: (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.ones(1).is_inference()),
+    ),
+    "an entered device": (_enter_device, lambda: (torch.empty(1).device, torch.get_default_device())),
+    "a device entered in another": (_enter_two_devices, lambda: (torch.empty(1).device, torch.get_default_device())),
+    "a dispatch mode": (lambda: _Doubles().__enter__(), lambda: torch.ones(1).add(1).item()),
+    "hooks of saved tensors": (_double_saved_tensors, _square_gradient),
+    "hooks of saved tensors forbidden": (_forbid_saved_tensors_hooks, _can_save_on_cpu),
+    "backward threads": (
+        lambda: torch._C._set_multithreading_enabled(False),
+        torch._C._is_multithreading_enabled,
+    ),
+    "tf32": (
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+    ),
     "deterministic algorithms": (
         lambda: torch.use_deterministic_algorithms(True, warn_only=True),
         torch.are_deterministic_algorithms_enabled,
@@ -180,9 +244,37 @@ def test_what_a_trial_leaves_behind_is_put_back(clean: CleanState, kind: str) ->
     disturb()
     assert look() != before, "the disturbance must be seen for this test to tell something"
 
-    clean.restore()
+    assert clean.restore() is None
 
     assert look() == before
+
+
+def test_what_cannot_be_put_back_is_told_and_the_rest_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    clean = CleanState()
+    folder.rmdir()
+    os.chdir(tmp_path)
+    os.environ["A_TRIAL_WAS_HERE"] = "1"
+
+    reason = clean.restore()
+
+    assert reason is not None
+    assert "FileNotFoundError" in reason
+    assert "A_TRIAL_WAS_HERE" not in os.environ
+
+
+def test_inference_mode_stays_off_when_the_block_that_was_not_left_ends(clean: CleanState) -> None:
+    _enter_inference_mode()
+    clean.restore()
+    _LEFT.clear()
+    gc.collect()
+
+    assert not torch.is_inference_mode_enabled()
+    assert _square_gradient() == 2.0
 
 
 def test_a_trial_after_one_that_misbehaves_in_every_way_ends_in_the_same_bits(
@@ -209,7 +301,7 @@ def test_a_trial_after_one_that_misbehaves_in_every_way_ends_in_the_same_bits(
 
     _train(make_trial(seed=3), blobs)
     for kind, (disturb, _) in KINDS.items():
-        if kind != "default device":  # with it, nothing could be trained at all
+        if "device" not in kind and "forbidden" not in kind:  # nothing else could be trained or disturbed
             disturb()
     disturbed = torch.is_grad_enabled()
     clean.restore()

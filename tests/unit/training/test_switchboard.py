@@ -119,6 +119,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 def test_every_group_is_lent_once() -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         assert sorted([await board.take(), await board.take(), await board.take()]) == [0, 1, 2]
 
     _play(scenario, groups=3)
@@ -126,6 +127,7 @@ def test_every_group_is_lent_once() -> None:
 
 def test_a_lease_waits_until_a_group_is_given_back() -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         group = await board.take()
         waiting = asyncio.create_task(board.take())
         await _let_others_run()
@@ -139,6 +141,7 @@ def test_a_lease_waits_until_a_group_is_given_back() -> None:
 
 def test_a_group_given_back_twice_is_lent_once() -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         group = await board.take()
         await board.release(group)
         await board.release(group)
@@ -153,6 +156,7 @@ def test_a_group_given_back_twice_is_lent_once() -> None:
 
 def test_who_waits_for_a_group_is_told_when_the_last_one_has_ended() -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         await board.take()
         await board.take()
         waiting = asyncio.create_task(board.take())
@@ -168,6 +172,7 @@ def test_who_waits_for_a_group_is_told_when_the_last_one_has_ended() -> None:
 
 def test_an_ended_group_is_not_lent_again() -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         await board.group_ended(0, "gone")
         held = await board.take()
         assert held == 1
@@ -246,6 +251,7 @@ def test_a_settled_command_is_not_handed_out_again(
 
 def test_storage_that_fails_one_trial_is_not_tried_by_the_next(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
+        await _seat_all(board)
         await board.check_storage()
         result = asyncio.create_task(board.execute(0, command))
         await board.next_command(0, board._groups[0].roster.generation)
@@ -367,6 +373,46 @@ def test_work_waits_until_its_group_is_up_and_counts_that_as_waiting(
         assert [event.kind for event in await board.take_events(0.0)] == ["started"]
         await _finish(board, 0, "done")
         assert (await working)[1] >= 9.0
+
+    _play(scenario)
+
+
+def test_work_goes_to_a_group_that_is_up_where_another_is_not(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        working = asyncio.create_task(board.work("leg", command))
+        await _let_others_run()
+        await _seat_pair(board, 1)
+        await _let_others_run()
+        await _finish(board, 1, "done")
+        assert (await working)[::2] == (1, "done")
+
+    _play(scenario, groups=2)
+
+
+def test_work_that_was_waiting_when_the_budget_was_used_up_rests_too(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, _ = await _seat_pair(board)
+        under_way = asyncio.create_task(board.work("leg-1", command))
+        waiting = asyncio.create_task(board.work("leg-2", _trial(command, "waiting")))
+        await _let_others_run()
+        await board.rest_all()
+        await _finish(board, 0, "rested")
+        await _let_others_run()
+        assigned = await board.next_command(0, 1)
+        assert assigned is not None
+        assert (await board.beat(0, first, _beat_of(assigned[0]))).rest
+        await _finish(board, 0, "rested too")
+        assert [(await task)[2] for task in (under_way, waiting)] == ["rested", "rested too"]
+
+    _play(scenario)
+
+
+def test_work_ends_where_the_run_is_being_stopped(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        await _seat_pair(board)
+        await board.stop_all()
+        with pytest.raises(GroupLost, match="being stopped"):
+            await board.work("leg", command)
 
     _play(scenario)
 
@@ -515,7 +561,7 @@ def test_all_that_is_trained_is_asked_to_rest_until_its_command_ends(command: Tr
         following = asyncio.create_task(board.execute(0, command))
         await _let_others_run()
         assert not (await board.beat(0, first, _beat_of(1))).rest, "a beat of the command before"
-        assert not (await board.beat(0, first, _beat_of(2))).rest
+        assert (await board.beat(0, first, _beat_of(2))).rest, "the run is about to end"
         following.cancel()
 
     _play(scenario, groups=2)

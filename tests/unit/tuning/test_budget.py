@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 
 from bigray.errors import SpecError
 from bigray.specs import ScalingSpec
-from bigray.tuning.budget import budget_faults, parse_budget
+from bigray.tuning.budget import budget_faults, parse_budget, used_before
 
 
 @pytest.mark.parametrize(
@@ -63,17 +63,24 @@ def test_gpu_time_is_used_whatever_the_clock_says() -> None:
     assert budget.is_used(0.0, 3600.0)
 
 
-def test_what_remains_is_wall_time_at_the_gpus_that_are_held() -> None:
-    assert parse_budget("10m").remaining_s(240.0, 0.0, gpus=0) == 360.0
-    assert parse_budget("10m").remaining_s(700.0, 0.0, gpus=0) == 0.0
-    assert parse_budget("1gpuh").remaining_s(0.0, 1600.0, gpus=4) == 500.0
-    assert parse_budget("1gpuh").remaining_s(0.0, 3600.0, gpus=0) == 0.0
-    assert parse_budget("1gpuh").remaining_s(0.0, 0.0, gpus=0) == math.inf
-
-
 def test_gpu_time_of_a_job_without_gpus_is_refused() -> None:
     (fault,) = budget_faults(parse_budget("3gpuh"), ScalingSpec())
 
     assert fault.startswith("budget: '3gpuh' is GPU time, but scaling.gpus_per_worker is 0")
     assert budget_faults(parse_budget("3gpuh"), ScalingSpec(gpus_per_worker=0.5)) == []
     assert budget_faults(parse_budget("10m"), ScalingSpec()) == []
+
+
+def _events(attempt: int, *timed: tuple[float, str], gpus: float = 2.0) -> list[dict[str, Any]]:
+    first = {"attempt": attempt, "time": 0.0, "kind": "attempt", "plan": {"gpus": gpus}}
+    return [first, *({"attempt": attempt, "time": time, "kind": kind} for time, kind in timed)]
+
+
+def test_what_earlier_attempts_used_counts_from_their_first_trial_to_the_last_that_was_heard_of_them() -> None:
+    killed = _events(1, (100.0, "started"), (130.0, "epoch"), (160.0, "epoch"))
+    ended = _events(2, (1000.0, "started"), (1010.0, "state"), (1012.0, "completed"))
+    never_began = _events(3, (2000.0, "resumed"))
+
+    used = used_before([*killed, *ended, *never_began])
+    assert used.wall_s == 72.0
+    assert used.gpu_s == 144.0

@@ -136,3 +136,21 @@ def test_a_choice_keeps_its_values_as_they_are() -> None:
     draws = [sample({"optimizer": RangeSpec(choice=("sgd", "adamw"))}, generator)["optimizer"] for _ in range(50)]
 
     assert set(draws) == {"sgd", "adamw"}
+
+
+def test_a_rate_that_is_scaled_by_the_search_is_meant_for_the_batch_of_the_job() -> None:
+    space = {"lr_scaling": {"choice": ["none", "linear", "sqrt"]}, "global_batch_size": {"choice": [64, 256]}}
+    trials = search_trials(_job("mlp", global_batch_size=64, lr=0.1), _search(space=space, search="grid", trials=None))
+
+    rates = {(t.training.lr_scaling, t.training.batch_size): t.training.scaled_lr for t in trials}
+    expected = {("none", 64): 0.1, ("linear", 64): 0.1, ("sqrt", 64): 0.1}
+    expected |= {("none", 256): 0.1, ("linear", 256): 0.4, ("sqrt", 256): 0.2}
+    assert rates == pytest.approx(expected)
+
+
+def test_a_search_may_switch_the_scaling_of_the_job_off() -> None:
+    space = {"lr_scaling": {"choice": ["none"]}}
+    job = _job("mlp", lr_scaling="linear", lr_batch_size=32)
+
+    (trial,) = search_trials(job, _search(space=space, search="grid", trials=None))
+    assert trial.training.scaled_lr == trial.training.lr

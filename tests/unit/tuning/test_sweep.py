@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from bigray.specs import TrialSpec
 from bigray.training.commands import TrainStack, TrainTo
-from bigray.tuning.leg import LegResult, Outcome
+from bigray.tuning.leg import Leg, LegResult, Outcome
 from tests.unit.tuning.simulated import Simulation, curve, make_job, make_search
 
 SEARCHES = {
@@ -33,6 +35,40 @@ def test_asha_with_one_slot_promotes_the_best_third_of_each_rung() -> None:
         there = sorted((t for t, e in simulation.epochs.items() if e >= rung), key=lambda t: -curve(trials[t], rung))
         assert all(simulation.epochs[trial_id] > rung for trial_id in there[: len(there) // 3])
     assert Counter(simulation.epochs.values())[2] > 27 / 2, "and few that only seemed to be"
+
+
+@pytest.mark.parametrize("fate", ["failed", "diverged"])
+def test_one_that_ends_after_its_promotion_takes_nobody_elses_place(fate: str) -> None:
+    job, search = make_job(), make_search()
+    promoted = next(leg.trials[0] for leg in Simulation(job, search).run().legs if leg.epoch == 6)
+
+    class EndsAfterItsPromotion(Simulation):
+        def _outcome(self, trial: TrialSpec, leg: Leg) -> Outcome:
+            self._fate = {promoted.trial_id: fate} if leg.epoch == 6 else {}
+            return super()._outcome(trial, leg)
+
+    simulation = EndsAfterItsPromotion(job, search).run()
+    sent_to_6 = {leg.trials[0].trial_id for leg in simulation.legs if leg.epoch == 6}
+    assert promoted.trial_id in sent_to_6
+    assert len(sent_to_6) <= len(
+        {leg.trials[0].trial_id for leg in Simulation(job, search).run().legs if leg.epoch == 6}
+    )
+
+
+def test_where_the_one_that_came_to_the_end_diverged_there_another_is_trained_to_the_end() -> None:
+    job, search = make_job(), make_search(trials=12)
+    winner = Simulation(job, search).run().winner
+
+    class DivergesAtTheEnd(Simulation):
+        def _outcome(self, trial: TrialSpec, leg: Leg) -> Outcome:
+            outcome = super()._outcome(trial, leg)
+            if trial.trial_id == winner and leg.epoch == 20:
+                return replace(outcome, value=math.nan, ended="diverged")
+            return outcome
+
+    simulation = DivergesAtTheEnd(job, search).run()
+    others = [epoch for trial_id, epoch in simulation.epochs.items() if trial_id != winner]
+    assert max(others) == 20
 
 
 @pytest.mark.parametrize("trials", [1, 2, 5, 12])
@@ -161,6 +197,15 @@ def test_tpe_proposes_nearer_to_the_best_than_chance() -> None:
         return sum(3e-3 < lr < 3e-2 for _, (lr, _) in late) / len(late)
 
     assert share_near_the_best(search="tpe") > share_near_the_best(search="random") + 0.1
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_tpe_proposes_the_same_trials_whatever_the_probes_find(stack: bool) -> None:
+    probed = Simulation(make_job(), make_search(search="tpe", trials=24, scheduler="none"), stack=True)
+    probed._stack = stack
+    other = Simulation(make_job(), make_search(search="tpe", trials=24, scheduler="none"), stack=True).run()
+
+    assert sorted(_settings(probed.run()).items())[:8] == sorted(_settings(other).items())[:8]
 
 
 def test_no_leg_waits_for_a_result_that_it_cannot_use() -> None:
@@ -294,6 +339,35 @@ class TestExtension:
 
         assert Counter(second.epochs.values())[2] <= 54
         assert any(second.epochs[t] > first.epochs[t] for t in first.epochs)
+
+    def test_finalists_are_chosen_anew_and_never_among_the_seeds_of_the_old_ones(self) -> None:
+        job, spec = make_job(), make_search(finalists=2, seeds=3)
+        first = Simulation(job, spec).run()
+        second = Simulation(job, spec, recorded=first.results, chapters=(40,)).run()
+
+        assert not any("-seed" in trial_id for trial_id in second.sweep.finalists)
+        assert not any(trial_id.count("-seed") > 1 for trial_id in second.epochs)
+
+    def test_one_that_was_killed_goes_on(self) -> None:
+        job, spec = make_job(), make_search()
+        first = Simulation(job, spec).run()
+        whole = Simulation(job, spec, recorded=first.results, chapters=(40,)).run()
+        killed = Simulation(job, spec, recorded=first.results, chapters=(40,)).run(max_legs=4)
+        resumed = Simulation(job, spec, recorded=killed.results, chapters=(40,)).run()
+
+        assert resumed.epochs == whole.epochs
+        assert len(killed.legs) + len(resumed.legs) == len(whole.legs)
+
+    def test_trials_that_begin_anew_share_no_stack_with_those_that_go_on(self) -> None:
+        job, spec = make_job(), make_search(trials=100)
+        first = Simulation(job, spec, stack=True).run()
+        second = Simulation(job, spec, stack=True, recorded=first.results, chapters=(900,)).run()
+
+        promoted = [leg for leg in second.legs if leg.epoch > 2]
+        old = set(first.epochs)
+        assert any(trial.trial_id in old for leg in promoted for trial in leg.trials)
+        for leg in promoted:
+            assert len({stack is None for stack in leg.stacks}) == 1
 
     def test_a_second_extension_goes_on_from_the_first(self) -> None:
         job, spec = make_job(), make_search()
