@@ -28,6 +28,7 @@ from bigray.training.commands import Wish
 from bigray.training.loop import Worker
 from bigray.training.optimization import lr_factor
 from bigray.training.replica import seed_generator
+from bigray.training.stack_checkpoint import state_of
 from bigray.training.stack_key import stack_key
 from bigray.training.stack_refusal import why_not_stacked
 from bigray.training.stacked_loss import make_loss
@@ -49,7 +50,7 @@ class StackHooks(Protocol):
         """As `LoopHooks.tick`."""
 
     def exchange(self, step: int) -> Wish:
-        """After each step. `stop`: leave at once. `rest`: return at the end of the epoch."""
+        """After each step. `stop`: leave at once, without what could be saved. `rest`: return at the epoch's end."""
 
     def on_epoch(self, lane: int, report: dict[str, Any]) -> None:
         """A lane has completed an epoch, or ended inside it; the report is that of `LoopHooks.on_epoch`."""
@@ -111,11 +112,6 @@ class StackedTraining:
     @property
     def steps_per_epoch(self) -> int:
         return self._steps_per_epoch
-
-    @property
-    def num_live(self) -> int:
-        """Lanes that have not ended."""
-        return len(self._rows)
 
     def progresses(self) -> list[Progress]:
         """The cursor and record of each lane. Inside an epoch those of lanes that go on lack its loss so far."""
@@ -368,7 +364,7 @@ class StackedTraining:
         row = self._rows.index(lane)
         self._records[lane] = progress = checkpoint.progress
         if progress.ended is not None:
-            self._ended[lane] = None if checkpoint.is_record else _all_tensors(checkpoint)
+            self._ended[lane] = state_of(checkpoint)
             return
         try:
             self._load_weights(self._parameters, row, checkpoint.tensors("model") or {})
@@ -428,8 +424,3 @@ def _repeated(tensor: torch.Tensor, num_lanes: int) -> torch.Tensor:
 
 def _copied(tensors: StateDict) -> StateDict:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-def _all_tensors(checkpoint: Checkpoint) -> LaneState:
-    state = {stem: checkpoint.tensors(stem) for stem in ("model", "optimizer", "best")}
-    return {stem: tensors for stem, tensors in state.items() if tensors is not None}

@@ -1,11 +1,15 @@
 """A stack on storage, and any lane of it as an ordinary checkpoint (worker; reading also where a bundle is exported).
 
-stacks/<name>/<rank>/
+stacks/<name>/<rank>-of-<ranks>/
   lanes.safetensors   all tensors of the rank's lanes, each named `<lane>/<stem>/<name>`: model/..., optimizer/...
   lanes.json          their progress, in the same order
 
 The manifest, written last, names the trials, so that a lane is found without reading the tensors. One file of tensors:
 each file costs a wait for the disk, and a stack is saved after a second of training.
+
+A stack may be committed several times on its way; a rank replaces what its own folder held. The folder's name tells the
+number of ranks, too: with another number the lanes are dealt out anew, and no rank may replace what another one is to
+go on from.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from bigray.errors import StorageError
 from bigray.paths import RunPaths
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, Content, commit_folder, read_files, read_manifest, remove_leftovers
-from bigray.training.checkpoint import Checkpoint, Progress
+from bigray.training.checkpoint import Checkpoint, Progress, StateDict
 from bigray.training.checkpoint_writer import save_checkpoint
 from bigray.training.sharded import JoinedTensors
 from bigray.training.tensor_files import check_tensor_file, pack_tensors, tensor_chunks
@@ -35,17 +39,28 @@ FORMAT = 1
 LANES, TENSORS = "lanes.json", "lanes.safetensors"
 
 
-def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: StackedTraining) -> None:
+def save_stack(
+    paths: RunPaths,
+    name: str,
+    rank: int,
+    attempt: int,
+    training: StackedTraining,
+    others: Sequence[tuple[TrialSpec, Checkpoint]] = (),
+) -> None:
     """Commit the lanes of this rank in place of what its folder held. The tensors are written as they lie in memory.
+
+    `others`: lanes of this rank that are not in the training, as they stand.
 
     Raises:
         DiskFull: nothing of it is left on storage.
         StorageError: it cannot be written, or a newer attempt has taken over.
     """
     paths.fence(attempt)
-    folder = _folder(paths, name, rank)
-    progresses = training.progresses()
+    folder = f"{paths.stack(name)}/{rank}-of-{training.worker.world_size}"
+    trials = [*training.lanes, *(trial for trial, _ in others)]
+    progresses = [*training.progresses(), *(checkpoint.progress for _, checkpoint in others)]
     states = [training.lane_state(lane) for lane in range(len(training.lanes))]
+    states += [state_of(checkpoint) for _, checkpoint in others]
     tensors = {
         f"{lane}/{stem}/{key}": tensor
         for lane, state in enumerate(states)
@@ -58,7 +73,7 @@ def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: St
     }
     entries = [
         {"trial_id": trial.trial_id, "config_hash": trial.config_hash, "step": progress.step, "record": state is None}
-        for trial, progress, state in zip(training.lanes, progresses, states, strict=True)
+        for trial, progress, state in zip(trials, progresses, states, strict=True)
     ]
     commit_folder(
         paths.storage,
@@ -69,6 +84,21 @@ def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: St
         before_commit=lambda: paths.fence(attempt),
     )
     remove_leftovers(paths.storage, folder, read_manifest(paths.storage, folder))
+
+
+def state_of(checkpoint: Checkpoint) -> dict[str, StateDict] | None:
+    """The tensors of a lane, by stem; None where only its record is left."""
+    if checkpoint.is_record:
+        return None
+    found = {stem: checkpoint.tensors(stem) for stem in ("model", "optimizer", "best")}
+    return {stem: tensors for stem, tensors in found.items() if tensors is not None}
+
+
+def lane_checkpoint(training: StackedTraining, lane: int) -> Checkpoint:
+    """A lane in memory as it would be read back."""
+    state = training.lane_state(lane)
+    files = {f"{stem}.safetensors": pack_tensors(tensors) for stem, tensors in (state or {}).items()}
+    return Checkpoint(training.progresses()[lane], files, state is None)
 
 
 def read_lane(paths: RunPaths, name: str, trial: TrialSpec) -> Checkpoint:
@@ -86,19 +116,48 @@ def read_lanes(paths: RunPaths, wanted: Sequence[tuple[str, TrialSpec]]) -> list
     Raises:
         StorageError: as `read_lane`.
     """
+    found: list[Checkpoint] = []
+    for (name, trial), checkpoint in zip(wanted, find_lanes(paths, wanted), strict=True):
+        if checkpoint is None:
+            place = f"{paths.storage.uri}/{paths.stack(name)}"
+            raise StorageError(f"{place}: no committed lane of trial '{trial.trial_id}'")
+        found.append(checkpoint)
+    return found
+
+
+def find_lanes(paths: RunPaths, wanted: Sequence[tuple[str, TrialSpec]]) -> list[Checkpoint | None]:
+    """As `read_lanes`, with None for what no rank of its stack has committed.
+
+    A commit that replaces a folder while it is read is read instead.
+
+    Raises:
+        StorageError: a lane is damaged, of other settings, or of a newer bigray.
+    """
+    while True:
+        stacks = {name: _ranks(paths, name) for name in {name for name, _ in wanted}}
+        try:
+            return _find_in(paths, stacks, wanted)
+        except StorageError:
+            if all(_ranks(paths, name) == ranks for name, ranks in stacks.items()):
+                raise
+
+
+def _find_in(
+    paths: RunPaths, stacks: Mapping[str, Sequence[_Rank]], wanted: Sequence[tuple[str, TrialSpec]]
+) -> list[Checkpoint | None]:
     found: dict[int, Checkpoint] = {}
-    stacks = {name: _ranks(paths, name) for name in {name for name, _ in wanted}}
     by_folder: dict[str, list[int]] = {}
     manifests: dict[str, dict[str, Any]] = {}
     for number, (name, trial) in enumerate(wanted):
-        rank = _rank_of(paths, name, stacks[name], trial)
+        if (rank := _rank_of(stacks[name], trial)) is None:
+            continue
         by_folder.setdefault(rank.folder, []).append(number)
         manifests[rank.folder] = rank.manifest
     for folder, numbers in by_folder.items():
         held = _read_folder(paths, folder, manifests[folder])
         for number in numbers:
             found[number] = held.checkpoint(wanted[number][1])
-    return [found[number] for number in range(len(wanted))]
+    return [found.get(number) for number in range(len(wanted))]
 
 
 def save_lane(paths: RunPaths, trial: TrialSpec, attempt: int, checkpoint: Checkpoint) -> None:
@@ -150,10 +209,6 @@ class _Held:
         return Checkpoint(self.progresses[lane], files, bool(entry["record"]), self.place)
 
 
-def _folder(paths: RunPaths, name: str, rank: int) -> str:
-    return f"{paths.stack(name)}/{rank}"
-
-
 def _ranks(paths: RunPaths, name: str) -> list[_Rank]:
     """Committed folders of a stack; what has no manifest was never finished."""
     folders = [f"{paths.stack(name)}/{rank}" for rank in paths.storage.list_names(paths.stack(name))]
@@ -177,12 +232,11 @@ def _checked_manifest(paths: RunPaths, folder: str) -> dict[str, Any]:
     return manifest
 
 
-def _rank_of(paths: RunPaths, name: str, ranks: Sequence[_Rank], trial: TrialSpec) -> _Rank:
+def _rank_of(ranks: Sequence[_Rank], trial: TrialSpec) -> _Rank | None:
     """The rank that took a trial furthest: with another number of ranks an older save may lie beside the newest."""
     having = [(rank, lane) for rank in ranks if (lane := rank.lane_of(trial.trial_id)) is not None]
     if not having:
-        place = f"{paths.storage.uri}/{paths.stack(name)}"
-        raise StorageError(f"{place}: no committed lane of trial '{trial.trial_id}'")
+        return None
     return max(having, key=lambda pair: (pair[0].manifest["lanes"][pair[1]]["step"], pair[0].manifest["attempt"]))[0]
 
 

@@ -121,18 +121,37 @@ class TrialHooks(TrainingHooks):
 
 
 class StackHooks(TrainingHooks):
-    """Of a stack: each rank reports the lanes it has; there are no checkpoints before the command's end."""
+    """Of a stack: each rank reports the lanes it has, and commits them at the end of an epoch where there is a wish.
+
+    The ranks of a stack have nothing to do together, and may differ in steps: each follows what it is asked itself.
+    """
 
     def __init__(self, generation: Generation, lanes: Sequence[TrialSpec]) -> None:
         super().__init__(generation)
-        self._lanes = tuple(lanes)
+        self.lanes = tuple(lanes)
+        """In the order in which the training numbers them."""
+        self.is_resting = False
+        self._every_s = min(trial.training.checkpoint_every_s for trial in lanes)
+        self._saved_at = time.monotonic()
+
+    @property
+    def must_end(self) -> bool:
+        """Whether this rank was asked to end before the command is done."""
+        return self.was_stopped or self.is_resting
 
     def exchange(self, step: int) -> Wish:
-        """What this rank is asked to do: the ranks of a stack have nothing to do together, and may differ in steps."""
-        return self._own_wish()
+        """A stack stops and is committed at the end of an epoch alone: its epochs are short."""
+        asked = self._own_wish()
+        self.was_stopped = self.was_stopped or asked.stop
+        self.is_resting = self.is_resting or asked.rest
+        return Wish(rest=self.must_end or time.monotonic() - self._saved_at >= self._every_s)
+
+    def note_saved(self) -> None:
+        """The lanes were committed."""
+        self._saved_at = time.monotonic()
 
     def on_epoch(self, lane: int, report: dict[str, Any]) -> None:
-        self._generation.push_own(Event("epoch", self._lanes[lane].trial_id, report))
+        self._generation.push_own(Event("epoch", self.lanes[lane].trial_id, report))
 
     def warn(self, trial: TrialSpec, text: str) -> None:
         self._generation.push_own(Event("warning", trial.trial_id, {"text": text}))

@@ -46,7 +46,7 @@ from bigray.training.context import LoopTraining, make_training
 from bigray.training.export import export_bundle
 from bigray.training.heartbeat import Heartbeat
 from bigray.training.isolation import CleanState, seed_everything
-from bigray.training.lanes import beginnings_of, read_trial, save_as_own, states_of
+from bigray.training.lanes import beginnings_of, next_to_train, read_trial, save_as_own, states_of
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.membership import Member, Place
 from bigray.training.memory import host_memory
@@ -376,7 +376,7 @@ class _CommandLoop:
             self._yield()
         if command.time_a_row and isinstance(training, TrialTraining):
             self.push("latency", command.trial, {"latency_ms": 1000 * training.seconds_a_row()})
-        state = replace(training.progress.to_state(), micro_batch_size=command.trial.training.micro_batch_size)
+        state = training.progress.to_state()
         return replace(state, num_parameters=training.num_parameters) if self.is_first else state
 
     def _yield(self) -> None:
@@ -493,27 +493,57 @@ class _CommandLoop:
         done: list[TrialState] | None = self.from_rank_0(lambda: states_of(self.setup, command))
         if done is not None:
             return done
-        states = self._train_lanes(command, command.lanes[rank::size]) if command.lanes[rank::size] else []
+        own = command.lanes[rank::size]
+        states, was_stopped = self._train_lanes(command, own) if own else ([], False)
         self._process.reporter.flush()
-        of_ranks: list[list[TrialState]] = self.of_all_ranks(states)
-        return [of_ranks[number % size][number // size] for number in range(len(command.lanes))]
+        of_ranks: list[tuple[list[TrialState], bool]] = self.of_all_ranks((states, was_stopped))
+        if any(stopped for _, stopped in of_ranks):
+            self._yield()
+        return [of_ranks[number % size][0][number // size] for number in range(len(command.lanes))]
 
-    def _train_lanes(self, command: TrainStack, lanes: Sequence[Lane]) -> list[TrialState]:
-        from bigray.training.stack import StackedTraining
-        from bigray.training.stack_checkpoint import save_stack
-
+    def _train_lanes(self, command: TrainStack, lanes: Sequence[Lane]) -> tuple[list[TrialState], bool]:
+        """Where the lanes stand then, committed, and whether this rank was asked to stop on the way."""
         self.heartbeat.tick("loading")
         trials = [lane.trial for lane in lanes]
         hooks = StackHooks(self, trials)
-        training = StackedTraining(trials, self._process.data, self.setup.num_outputs, self.worker, hooks)
-        training.restore(beginnings_of(self.setup, lanes, hooks.warn))
-        if not training.train_to(command.epoch):
-            self._yield()
-        self.stopwatch.mark("save")
-        save_stack(self.setup.paths, command.name, self.worker.rank, self.setup.attempt, training)
+        at = beginnings_of(self.setup, command.name, lanes, hooks.warn)
+        num_parameters = 0
+        while (turn := next_to_train(at, command.epoch))[0] and not hooks.must_end:
+            num_parameters = self._train_some(command.name, trials, at, turn, hooks)
         ledger = self._ledger(self._meter.read(), 1, len(lanes), self.worker.world_size)
-        states = [progress.to_state() for progress in training.progresses()]
-        return [replace(state, ledger=ledger, num_parameters=training.num_parameters) for state in states]
+        states = [each.progress.to_state() for each in at if each is not None]
+        return [replace(state, ledger=ledger, num_parameters=num_parameters) for state in states], hooks.was_stopped
+
+    def _train_some(
+        self,
+        name: str,
+        trials: Sequence[TrialSpec],
+        at: list[Checkpoint | None],
+        turn: tuple[list[int], int],
+        hooks: StackHooks,
+    ) -> int:
+        """Bring lanes that stand at one place further, commit all lanes, and note in `at` where they stand now.
+
+        Returns the number of parameters of one.
+        """
+        from bigray.training.stack import StackedTraining
+        from bigray.training.stack_checkpoint import lane_checkpoint, save_stack
+
+        lanes, epoch = turn
+        hooks.lanes = tuple(trials[lane] for lane in lanes)
+        training = StackedTraining(hooks.lanes, self._process.data, self.setup.num_outputs, self.worker, hooks)
+        training.restore([at[lane] for lane in lanes])
+        others = [(trials[lane], each) for lane, each in enumerate(at) if lane not in lanes and each is not None]
+        while True:
+            training.train_to(epoch)
+            self.stopwatch.mark("save")
+            save_stack(self.setup.paths, name, self.worker.rank, self.setup.attempt, training, others)
+            hooks.note_saved()
+            if hooks.must_end or training.is_done(epoch):
+                break
+        for row, lane in enumerate(lanes):
+            at[lane] = lane_checkpoint(training, row)
+        return training.num_parameters
 
     def _probe(self, command: ProbeStack) -> Probe:
         """Every rank measures at the same time; rank 0's answer counts."""

@@ -44,6 +44,11 @@ def make_search(**changes: Any) -> SearchSpec:
     )
 
 
+def one_group(job: JobSpec) -> JobSpec:
+    """Two CPUs for each of two workers: half as many processes to start."""
+    return job.model_copy(update={"scaling": job.scaling.model_copy(update={"cpus_per_worker": 2.0})})
+
+
 def of_kind(events: Sequence[Event], kind: str) -> list[Event]:
     return [event for event in events if event.kind == kind]
 
@@ -143,7 +148,7 @@ def test_trials_by_themselves_take_the_same_course(
 def test_a_budget_ends_a_sweep_and_the_same_call_goes_on_to_the_end(tmp_path: Path, four_cpu_ray: None) -> None:
     models = {"slow": {"factory": "tests.integration.user_models:slow_mlp"}}
     search = make_search(trials=12)
-    request = request_of(Asked(make_job(tmp_path, models=models), search, None))
+    request = request_of(Asked(one_group(make_job(tmp_path, models=models)), search, None))
     first: list[Event] = []
     part = tune_request(request, search, listener=first.append, budget=parse_budget("1.5s"))
     assert len(of_kind(first, "budget")) == 1
@@ -178,7 +183,7 @@ def test_a_finished_sweep_is_extended_by_trials_that_are_new(
 
 def test_the_worst_of_a_population_go_on_with_the_weights_of_the_best(tmp_path: Path, four_cpu_ray: None) -> None:
     models = {"mlp": MODELS["mlp"]}
-    job = make_job(tmp_path, models=models, epochs=4, keep={"last": 9, "best": 9})
+    job = one_group(make_job(tmp_path, models=models, epochs=4, keep={"last": 9, "best": 9}))
     search = make_search(trials=4, scheduler="pbt", pbt={"interval_epochs": 1, "quantile": 0.25})
     events: list[Event] = []
     board = tune(job, search, listener=events.append)
@@ -198,7 +203,7 @@ def test_the_worst_of_a_population_go_on_with_the_weights_of_the_best(tmp_path: 
 
 def test_finalists_are_judged_by_several_seeds(tmp_path: Path, four_cpu_ray: None) -> None:
     models = {name: MODELS[name] for name in ("linear", "mlp")}
-    job = make_job(tmp_path, models=models)
+    job = one_group(make_job(tmp_path, models=models))
     events: list[Event] = []
     board = tune(job, make_search(trials=6, finalists=2, seeds=3, search="tpe"), listener=events.append)
     assert len(board.finalists) == 2

@@ -140,9 +140,9 @@ def _enter_two_devices() -> None:
     _enter_device()
 
 
-class _Doubles(TorchDispatchMode):
+class _Nothing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {})) * 2
+        return func(*args, **(kwargs or {}))
 
 
 def _double_saved_tensors() -> None:
@@ -184,7 +184,7 @@ KINDS: dict[str, tuple[Disturb, Look]] = {
     ),
     "an entered device": (_enter_device, lambda: (torch.empty(1).device, torch.get_default_device())),
     "a device entered in another": (_enter_two_devices, lambda: (torch.empty(1).device, torch.get_default_device())),
-    "a dispatch mode": (lambda: _Doubles().__enter__(), lambda: torch.ones(1).add(1).item()),
+    "a dispatch mode": (lambda: _Nothing().__enter__(), torch._C._len_torch_dispatch_stack),
     "hooks of saved tensors": (_double_saved_tensors, _square_gradient),
     "hooks of saved tensors forbidden": (_forbid_saved_tensors_hooks, _can_save_on_cpu),
     "backward threads": (
