@@ -16,6 +16,8 @@ from bigray.training.membership import Member
 
 SILENT_AFTER_S = 15.0
 """A worker that was heard every second and then not for this long is stopped, or its node cannot be reached."""
+UNHEARD_AFTER_S = 35.0
+"""One that was never heard in a generation: forming its process group may take 20 s, and only then it beats."""
 STUCK_AFTER_S = 20.0
 """A worker that beats but makes no progress is named after this long."""
 LOADING_TIMEOUT_S = 120.0
@@ -45,9 +47,17 @@ class Hang:
 
 
 def find_hangs(
-    seated: Sequence[Member], beats: Mapping[Member, tuple[float, Beat]], now_s: float, hang_timeout_s: float
+    seated: Sequence[Member],
+    beats: Mapping[Member, tuple[float, Beat]],
+    unheard: Sequence[Member],
+    since_seated_s: float,
+    now_s: float,
+    hang_timeout_s: float,
 ) -> Iterable[Hang]:
     """The workers the others wait for; none while the group makes progress.
+
+    `unheard` are those that are still in the generation and have not beaten in it yet. Until they do, or are given up,
+    nobody else is to blame.
 
     `beats` holds those that are still in the generation, each with its last beat and when that came. A silent one
     cannot be at work: its process is stopped or out of reach. Where all are heard and none moves on, it is those that
@@ -57,6 +67,11 @@ def find_hangs(
     if silent:
         for member, silent_s, beat in silent:
             yield Hang(member, seated.index(member), beat, silent_s, is_silent=True, must_end=True)
+        return
+    if unheard:
+        for member in unheard if since_seated_s > UNHEARD_AFTER_S else ():
+            beat = Beat(0, 0, "forming", since_seated_s, "its process group, or before it")
+            yield Hang(member, seated.index(member), beat, since_seated_s, is_silent=True, must_end=True)
         return
     busy = {m: beat for m, (_, beat) in beats.items() if beat.phase != "idle"}
     if not busy or any(beat.since_tick_s < STUCK_AFTER_S for beat in busy.values()):

@@ -52,6 +52,8 @@ class _Group:
     """Store address of each generation."""
     beats: dict[tuple[str, int], tuple[float, Beat]] = field(default_factory=dict)
     """The last beat of each member that is in the current generation, and when it came."""
+    seated_at: float = 0.0
+    """When the current generation began."""
     wish: Wish = field(default_factory=Wish)
     has_yielded: bool = False
     is_held: bool = False
@@ -483,6 +485,7 @@ class Switchboard:
         if seated is None:
             return
         it.beats.clear()
+        it.seated_at = asyncio.get_running_loop().time()
         it.told_hangs.clear()
         it.wish, it.has_yielded = Wish(), False
         self._charge(it, before)
@@ -611,7 +614,10 @@ class Switchboard:
                     continue
                 limit_s = it.trained.training.hang_timeout_s
                 beats = {m: it.beats[m.key] for m in it.roster.seated if m.key in it.beats}
-                for hang in find_hangs(it.roster.seated, beats, loop.time(), limit_s):
+                there = [m for m in it.roster.seated if m.key not in it.roster.gone]
+                unheard = [] if it.roster.is_broken else [m for m in there if m not in beats]
+                since_seated_s = loop.time() - it.seated_at
+                for hang in find_hangs(it.roster.seated, beats, unheard, since_seated_s, loop.time(), limit_s):
                     await self._deal_with(it, hang)
 
     async def _deal_with(self, it: _Group, hang: Hang) -> None:

@@ -28,7 +28,9 @@ MODELS = {
     "exits": {"factory": f"{USER}:exits"},
     "last": {"factory": f"{USER}:slow_mlp"},
 }
-EPOCHS = 6
+EPOCHS = 12
+STOPPED_AFTER = 8
+"""Epochs, two seconds: a worker that is stopped has told where it is by then."""
 MAX_FAILURES = 1
 
 
@@ -44,7 +46,8 @@ class Listener:
         self.events.append(event)
         if event.kind == "epoch":
             self.pids.setdefault(event.trial_id, worker_pids())
-        if event.kind == "epoch" and event.trial_id == "stopped" and self.stopped is None:
+        is_due = event.kind == "epoch" and event.trial_id == "stopped" and event.values["epoch"] == STOPPED_AFTER
+        if is_due and self.stopped is None:
             self.stopped = worker_pids()[-1]
             os.kill(self.stopped, signal.SIGSTOP)
 

@@ -20,11 +20,15 @@ def beat(
 
 
 def hangs(
-    *beats: Beat | None, heard_s_ago: tuple[float, ...] = (0.5, 0.5, 0.5), limit_s: float = LIMIT_S
+    *beats: Beat | None,
+    heard_s_ago: tuple[float, ...] = (0.5, 0.5, 0.5),
+    limit_s: float = LIMIT_S,
+    unheard: tuple[int, ...] = (),
+    seated_s_ago: float = 100.0,
 ) -> list[Hang]:
-    """Of a group whose ranks last told this; None where a rank has not told yet, or is not there any more."""
+    """Of a group whose ranks last told this; None where a rank is not there any more, or `unheard` yet."""
     told = {m: (NOW - ago, b) for m, b, ago in zip(GROUP, beats, heard_s_ago, strict=True) if b is not None}
-    return list(find_hangs(GROUP, told, NOW, limit_s))
+    return list(find_hangs(GROUP, told, [GROUP[rank] for rank in unheard], seated_s_ago, NOW, limit_s))
 
 
 def test_a_group_that_makes_progress_has_none() -> None:
@@ -33,6 +37,15 @@ def test_a_group_that_makes_progress_has_none() -> None:
 
 def test_a_group_that_nobody_has_heard_yet_has_none() -> None:
     assert hangs(None, None, None) == []
+
+
+def test_one_that_was_stopped_before_its_first_beat_is_named_and_not_the_one_that_waits_for_it() -> None:
+    waiting = beat(5, 1, waited_s=30, at="distributed_c10d.py:99 all_reduce")
+    assert hangs(waiting, None, waiting, unheard=(1,), seated_s_ago=30) == [], "it may still be forming its group"
+
+    (hang,) = hangs(waiting, None, waiting, unheard=(1,), seated_s_ago=40)
+    assert (hang.rank, hang.is_silent, hang.must_end) == (1, True, True)
+    assert "rank 1 (pid 101 on 10.0.0.1) has not been heard for 40 s" in hang.describe()
 
 
 def test_an_idle_group_has_none() -> None:
