@@ -5,7 +5,7 @@
   journal/<attempt>.jsonl       append-only events of each attempt
   trials/<trial>/ckpt-<step>/   committed checkpoints
   trials/<trial>/batch_size.json   what global_batch_size = "auto" came to
-  stacks/<name>/<rank>/         trials that were trained together; gone when the run is complete
+  stacks/<name>/<rank>-of-<ranks>/   trials that were trained together; gone when the run is complete
   bundle/                       the exported winner
 
 <storage>/verify-<hash>-<number>/   one `bigray verify`

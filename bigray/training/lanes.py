@@ -8,7 +8,7 @@ from functools import partial
 
 from bigray.errors import StorageError
 from bigray.specs import TrialSpec
-from bigray.training.checkpoint import Checkpoint, load_to_go_on
+from bigray.training.checkpoint import Checkpoint, Progress, load_to_go_on
 from bigray.training.commands import Lane, TrainStack, TrialState
 from bigray.training.setup import GroupSetup
 from bigray.training.stack_checkpoint import find_lanes, read_lane, read_lanes, save_lane
@@ -94,7 +94,17 @@ def states_of(setup: GroupSetup, command: TrainStack) -> list[TrialState] | None
         return None
     if any(each.progress.ended is None and each.progress.epoch < command.epoch for each in found):
         return None
-    return [replace(each.progress.to_state(), num_parameters=_num_parameters(each)) for each in found]
+    return states_at(found)
+
+
+def states_at(lanes: Sequence[Checkpoint | None], num_parameters: int = 0) -> list[TrialState]:
+    """What is told of lanes of one model; one that has not begun is told of as well.
+
+    `num_parameters`: of each, where it is known; else they are counted.
+    """
+    num_parameters = num_parameters or max(0 if lane is None else _num_parameters(lane) for lane in lanes)
+    progresses = [Progress() if lane is None else lane.progress for lane in lanes]
+    return [replace(progress.to_state(), num_parameters=num_parameters) for progress in progresses]
 
 
 def _num_parameters(checkpoint: Checkpoint) -> int:

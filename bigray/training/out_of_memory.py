@@ -19,11 +19,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def halved(trial: TrialSpec, rows: int) -> TrialSpec | None:
     """The trial with half the rows in a forward pass and the same global batch; None where nothing is left to halve.
 
-    `rows`: of the largest pass that did not fit (`OutOfMemory.rows`). A trial is halved once: one that has a
-    micro-batch already is not. The curve stays the same to rounding, but for what a model does to the rows of a pass
-    together (batch norm) and the random numbers it draws for them (dropout).
+    `rows`: of the largest pass that did not fit (`OutOfMemory.rows`), also where the job set the micro-batch. That a
+    trial is halved once only is up to who calls. The curve stays the same to rounding, but for what a model does to the
+    rows of a pass together (batch norm) and the random numbers it draws for them (dropout).
     """
-    if rows <= 1 or trial.training.micro_batch_size is not None:
+    if rows <= 1:
         return None
     training = trial.training.model_copy(update={"micro_batch_size": math.ceil(rows / 2)})
     return trial.model_copy(update={"training": training})

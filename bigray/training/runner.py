@@ -66,32 +66,33 @@ def _train_one(switchboard: Any, trial: TrialSpec) -> None:
     ask(switchboard.push_all.remote(train_alone(switchboard, trial.trial_id, TrainTo(trial, trial.training.epochs))[1]))
 
 
-def train_alone(switchboard: Any, key: str, command: TrainTo) -> tuple[TrialState | None, list[Event]]:
+def train_alone(
+    switchboard: Any, key: str, command: TrainTo, *, was_split: bool = False
+) -> tuple[TrialState | None, list[Event]]:
     """Train one trial (further) on whichever group is free; one that runs out of memory is split once (driver, Tune's
-    actor). `key` names the command: the same one is not carried out twice.
+    actor). `key` names the command: the same one is not carried out twice. `was_split`: it has been already.
 
     Returns the state, None where the trial failed, and the events that tell of it, for the journal.
 
     Raises:
         GroupLost, StorageError: no other trial will fare better.
     """
+    trial_id = command.trial.trial_id
     try:
-        return _state_of(command, *ask(switchboard.work.remote(key, command)))
+        group, waited_s, state = ask(switchboard.work.remote(key, command))
+        if was_split:
+            state = replace(state, micro_batch_size=command.trial.training.micro_batch_size)
+        return state, [Event.of_state(trial_id, state, group, waited_s)]
     except OutOfMemory as error:
-        smaller = halved(command.trial, error.rows)
+        smaller = None if was_split else halved(command.trial, error.rows)
         if smaller is None:
-            return None, [Event("failed", command.trial.trial_id, {"error": str(error)})]
+            return None, [Event("failed", trial_id, {"error": str(error)})]
         rows = smaller.training.micro_batch_size
-        retried = Event("retried", command.trial.trial_id, {"error": str(error), "micro_batch_size": rows})
-        state, events = train_alone(switchboard, f"{key}-{rows}-rows", replace(command, trial=smaller))
+        retried = Event("retried", trial_id, {"error": str(error), "micro_batch_size": rows})
+        split = replace(command, trial=smaller)
+        state, events = train_alone(switchboard, f"{key}-{rows}-rows", split, was_split=True)
         return state, [retried, *events]
     except GroupLost:
         raise
     except TrainingFailed as error:
-        return None, [Event("failed", command.trial.trial_id, {"error": str(error)})]
-
-
-def _state_of(
-    command: TrainTo, group: int, waited_s: float, state: TrialState
-) -> tuple[TrialState | None, list[Event]]:
-    return state, [Event.of_state(command.trial.trial_id, state, group, waited_s)]
+        return None, [Event("failed", trial_id, {"error": str(error)})]

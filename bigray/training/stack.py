@@ -144,6 +144,10 @@ class StackedTraining:
         assert self._batch == 0, "the lanes of a stack are at the end of an epoch"
         self._drop([lane for lane in self._rows if self._records[lane].ended is not None])
 
+    def is_done(self, epoch: int) -> bool:
+        """Whether `train_to` that epoch has nothing to do."""
+        return not self._rows or self._epoch >= epoch
+
     def train_to(self, until_epoch: int) -> bool:
         """Train until `until_epoch` epochs are complete or all lanes have ended.
 
@@ -151,7 +155,7 @@ class StackedTraining:
         then, and there is nothing worth saving.
         """
         is_resting = False
-        while self._rows and self._epoch < until_epoch and not is_resting:
+        while not self.is_done(until_epoch) and not is_resting:
             wish = self._train_epoch()
             if wish.stop:
                 return False

@@ -39,41 +39,41 @@ FORMAT = 1
 LANES, TENSORS = "lanes.json", "lanes.safetensors"
 
 
-def save_stack(
-    paths: RunPaths,
-    name: str,
-    rank: int,
-    attempt: int,
-    training: StackedTraining,
-    others: Sequence[tuple[TrialSpec, Checkpoint]] = (),
-) -> None:
-    """Commit the lanes of this rank in place of what its folder held. The tensors are written as they lie in memory.
+StackedLane = tuple[TrialSpec, Progress, "dict[str, StateDict] | None"]
+"""A lane as it is saved: its tensors by stem, None where only its record is left."""
 
-    `others`: lanes of this rank that are not in the training, as they stand.
+
+def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: StackedTraining) -> None:
+    """`save_lanes` of all lanes of a training."""
+    save_lanes(paths, name, (rank, training.worker.world_size), attempt, lanes_of(training))
+
+
+def save_lanes(
+    paths: RunPaths, name: str, rank_of: tuple[int, int], attempt: int, lanes: Sequence[StackedLane]
+) -> None:
+    """Commit the lanes of a rank in place of what its folder held. The tensors are written as they lie in memory.
+
+    `rank_of`: the rank, and how many there are.
 
     Raises:
         DiskFull: nothing of it is left on storage.
         StorageError: it cannot be written, or a newer attempt has taken over.
     """
     paths.fence(attempt)
-    folder = f"{paths.stack(name)}/{rank}-of-{training.worker.world_size}"
-    trials = [*training.lanes, *(trial for trial, _ in others)]
-    progresses = [*training.progresses(), *(checkpoint.progress for _, checkpoint in others)]
-    states = [training.lane_state(lane) for lane in range(len(training.lanes))]
-    states += [state_of(checkpoint) for _, checkpoint in others]
+    folder = f"{paths.stack(name)}/{rank_of[0]}-of-{rank_of[1]}"
     tensors = {
         f"{lane}/{stem}/{key}": tensor
-        for lane, state in enumerate(states)
+        for lane, (_, _, state) in enumerate(lanes)
         for stem, named in (state or {}).items()
         for key, tensor in named.items()
     }
     files: dict[str, Content] = {
-        LANES: json.dumps([vars(progress) for progress in progresses]).encode(),
+        LANES: json.dumps([vars(progress) for _, progress, _ in lanes]).encode(),
         TENSORS: tensor_chunks(tensors),
     }
     entries = [
         {"trial_id": trial.trial_id, "config_hash": trial.config_hash, "step": progress.step, "record": state is None}
-        for trial, progress, state in zip(trials, progresses, states, strict=True)
+        for trial, progress, state in lanes
     ]
     commit_folder(
         paths.storage,
@@ -94,11 +94,17 @@ def state_of(checkpoint: Checkpoint) -> dict[str, StateDict] | None:
     return {stem: tensors for stem, tensors in found.items() if tensors is not None}
 
 
-def lane_checkpoint(training: StackedTraining, lane: int) -> Checkpoint:
-    """A lane in memory as it would be read back."""
-    state = training.lane_state(lane)
+def lanes_of(training: StackedTraining) -> list[StackedLane]:
+    """The lanes of a training as they stand."""
+    states = (training.lane_state(lane) for lane in range(len(training.lanes)))
+    return list(zip(training.lanes, training.progresses(), states, strict=True))
+
+
+def as_checkpoint(lane: StackedLane) -> Checkpoint:
+    """A lane as it would be read back."""
+    _, progress, state = lane
     files = {f"{stem}.safetensors": pack_tensors(tensors) for stem, tensors in (state or {}).items()}
-    return Checkpoint(training.progresses()[lane], files, state is None)
+    return Checkpoint(progress, files, state is None)
 
 
 def read_lane(paths: RunPaths, name: str, trial: TrialSpec) -> Checkpoint:

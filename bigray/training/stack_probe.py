@@ -20,7 +20,9 @@ _BLOCK_S = 0.03
 """Of a block of steps that is timed; the fastest of `_BLOCKS` counts, for other processes only ever add to it."""
 _BLOCKS = 4
 _LONG_S = 0.1
-"""A step that takes this long is timed once."""
+"""A step that takes this long is timed twice, no more."""
+MOST_ALONE_S, MOST_STACKED_S = 0.2, 0.5
+"""A step that takes longer than this is taken once: the model is too large for a stack to be worth a longer look."""
 _MOST_STEPS = 500
 _NO_END = 2**31
 
@@ -29,7 +31,7 @@ def time_steps_alone(trial: TrialSpec, data: TrainingArrays, num_outputs: int, w
     """Seconds of one optimizer step by all ranks together. Collective."""
     hooks = _ProbeHooks()
     training = TrialTraining(_endless(trial), data, num_outputs, worker, hooks)
-    return _fastest(lambda: training.train_to(_NO_END), hooks, worker)
+    return _fastest(lambda: training.train_to(_NO_END), hooks, worker, MOST_ALONE_S)
 
 
 def time_steps_stacked(
@@ -43,7 +45,7 @@ def time_steps_stacked(
     own_lanes = max(1, len(range(worker.rank, num_lanes, worker.world_size)))
     lanes = [_endless(trial)] * own_lanes
     training = StackedTraining(lanes, data, num_outputs, worker, hooks)
-    return _fastest(lambda: training.train_to(_NO_END), hooks, worker) / num_lanes
+    return _fastest(lambda: training.train_to(_NO_END), hooks, worker, MOST_STACKED_S) / num_lanes
 
 
 class _ProbeHooks:
@@ -74,12 +76,17 @@ def _endless(trial: TrialSpec) -> TrialSpec:
     return trial.model_copy(update={"training": trial.training.model_copy(update={**rest, "lr_batch_size": None})})
 
 
-def _fastest(train: Callable[[], object], hooks: _ProbeHooks, worker: Worker) -> float:
+def _fastest(train: Callable[[], object], hooks: _ProbeHooks, worker: Worker, most_s: float) -> float:
     """Seconds of one step. How many are taken is rank 0's to say: the ranks stop at the same one."""
-    first_s = min(_time(train, hooks, 1), _time(train, hooks, 1))  # the first of them allocates
+    first_s = _time(train, hooks, 1)
+    if _of_rank_0([first_s > most_s], worker)[0]:
+        return first_s
+    first_s = _time(train, hooks, 1)  # the one before allocated
     steps = max(1, min(_MOST_STEPS, int(_BLOCK_S / first_s)))
-    blocks = 1 if first_s > _LONG_S else _BLOCKS
+    blocks = 0 if first_s > _LONG_S else _BLOCKS
     steps, blocks = _of_rank_0([steps, blocks], worker)
+    if not blocks:
+        return first_s
     return min(_time(train, hooks, steps) / steps for _ in range(blocks))
 
 

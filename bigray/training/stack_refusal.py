@@ -13,6 +13,7 @@ from bigray.data.dataset import TrainingArrays
 from bigray.errors import SpecError, last_line
 from bigray.models import build_model
 from bigray.specs import TrainingSpec, TrialSpec
+from bigray.training.memory import host_memory, shown
 from bigray.training.replica import seed_generator
 from bigray.training.stacked_loss import make_loss
 from bigray.training.stacked_network import make_network
@@ -20,11 +21,16 @@ from bigray.training.stacked_optimizer import STACKED
 from bigray.training.tasks import load_task
 
 _TRIED_LANES, _TRIED_ROWS = 2, 4
+_COPIES = 5
+"""Of a lane's weights: themselves, gradients, two of the optimizer's, those of the best epoch."""
+_SHARE_OF_FREE = 0.25
 _TOLERANCE = 1e-3
 """Of the tried gradients, relative to the largest: kernels differ in the order in which they add."""
 
 
-def why_not_stacked(trial: TrialSpec, data: TrainingArrays, num_outputs: int, device: torch.device) -> str | None:
+def why_not_stacked(
+    trial: TrialSpec, data: TrainingArrays, num_outputs: int, device: torch.device, num_lanes: int = _TRIED_LANES
+) -> str | None:
     """What keeps the trial from being stacked, or None. Builds the module and tries one tiny step of it."""
     if (reason := next(_settings_against(trial.training), None)) is not None:
         return reason
@@ -33,7 +39,21 @@ def why_not_stacked(trial: TrialSpec, data: TrainingArrays, num_outputs: int, de
         module = build_model(trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs).to(device)
     except SpecError as error:  # the trial's own story, which it tells when it is trained alone
         return f"the model cannot be built: {last_line(error)}"
-    return next(_layers_against(module), None) or _failure_of_a_step(trial, module, data, num_outputs, device)
+    return (
+        next(_layers_against(module), None)
+        or _memory_against(sum(p.numel() for p in module.parameters()), num_lanes, _free_bytes(device))
+        or _failure_of_a_step(trial, module, data, num_outputs, device)
+    )
+
+
+def _memory_against(num_parameters: int, num_lanes: int, free_bytes: int) -> str | None:
+    """A stack leaves most of what is free to the passes themselves, and to others."""
+    needed = num_lanes * num_parameters * 4 * _COPIES
+    return f"{num_lanes} lanes would need about {shown(needed)}" if needed > _SHARE_OF_FREE * free_bytes else None
+
+
+def _free_bytes(device: torch.device) -> int:
+    return host_memory().free_bytes if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def _settings_against(spec: TrainingSpec) -> Iterator[str]:

@@ -12,9 +12,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -46,7 +46,7 @@ from bigray.training.context import LoopTraining, make_training
 from bigray.training.export import export_bundle
 from bigray.training.heartbeat import Heartbeat
 from bigray.training.isolation import CleanState, seed_everything
-from bigray.training.lanes import beginnings_of, next_to_train, read_trial, save_as_own, states_of
+from bigray.training.lanes import beginnings_of, next_to_train, read_trial, save_as_own, states_at, states_of
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.membership import Member, Place
 from bigray.training.memory import host_memory
@@ -59,6 +59,9 @@ from bigray.training.switchboard import ask
 from bigray.training.tensor_files import pack_tensors
 from bigray.training.trial_hooks import LiveTrial, StackHooks, TrialHooks, source_of, taken_over
 from bigray.training.usage import Meter, Usage, private_rss_bytes
+
+if TYPE_CHECKING:
+    from bigray.training.stack_checkpoint import StackedLane
 
 REJOIN_PAUSE_S = 0.1
 """After a process group that could not be formed."""
@@ -136,6 +139,8 @@ class _Process:
         self.has_trained: frozenset[str] = frozenset()
         """The trials that this process had a part in."""
         self.clean = CleanState()
+        self.unclean: str | None = None
+        """Why no other trial should be trained here."""
         # what is here now stays: a collection between two trials looks at what they left, and takes a millisecond
         gc.collect()
         gc.freeze()
@@ -163,6 +168,7 @@ class _Process:
             time.sleep(REJOIN_PAUSE_S)
         if self.live is None:  # the failed trial's frames are gone only now
             free_memory(self.device)
+            self.clean.restore()  # a default device, for one, would be in the way of the next process group
 
     def _carry_out_commands(self, setup: GroupSetup, worker: Worker, place: Place, hang_up: Callable[[], None]) -> None:
         heartbeat = Heartbeat(self.board, setup.group, self.member, hang_up)
@@ -180,11 +186,14 @@ class _Process:
         self.live = None
 
     def clean_up(self) -> list[str]:
-        """Let go of the trial in memory and put back what it may have changed; returns the threads it left running."""
+        """Let go of the trial in memory and put back what it may have changed; returns the threads it left running.
+
+        What cannot be put back is noted in `unclean`.
+        """
         self.forget()
         free_memory(self.device)
         left = self.clean.threads_left()
-        self.clean.restore()
+        self.unclean = self.clean.restore()
         self.clean.note_threads()
         return left
 
@@ -222,6 +231,8 @@ class _CommandLoop:
         self._meter = Meter(worker.device)
         self._process, self._place, self._board = process, place, setup.switchboard
         self._rss_limit: int | None = None
+        self._is_used = False
+        """Whether this process had trained anything before the command under way."""
         self._is_new = True
         """No trial was trained in this generation yet: what is in memory is of the one before."""
 
@@ -274,6 +285,7 @@ class _CommandLoop:
         self.heartbeat.begin(serial)
         self.stopwatch.restart("start")
         self._meter.reset()
+        self._is_used = bool(self._process.has_trained)
         self._process.has_trained |= subjects(command)
         try:
             result = self._do(command)
@@ -405,10 +417,15 @@ class _CommandLoop:
         return live
 
     def _begin_clean(self, trial: TrialSpec | None) -> None:
-        """Let the previous trial's memory and traces go before the next one begins."""
+        """Let the previous trial's memory and traces go before the next one begins.
+
+        Where a trace stays, this process ends and a fresh one takes its seat; the others find their peer gone.
+        """
         for name in self._process.clean_up():
             text = f"pid {os.getpid()}: a trial before left thread '{name}' running; see scaling.isolate"
             self.push_own(Event("warning", "" if trial is None else trial.trial_id, {"text": text}))
+        if self._process.unclean is not None and self._is_used:
+            self._leave([self.worker.rank], self._process.unclean)
 
     def _recovered(
         self, command: TrainTo, survivor: TrialTraining | LoopTraining | None, hooks: TrialHooks
@@ -502,61 +519,81 @@ class _CommandLoop:
         return [of_ranks[number % size][0][number // size] for number in range(len(command.lanes))]
 
     def _train_lanes(self, command: TrainStack, lanes: Sequence[Lane]) -> tuple[list[TrialState], bool]:
-        """Where the lanes stand then, committed, and whether this rank was asked to stop on the way."""
+        """Where the lanes stand in the end, committed, and whether this rank was asked to stop on the way."""
+        from bigray.training.stack_checkpoint import save_lanes, state_of
+
         self.heartbeat.tick("loading")
         trials = [lane.trial for lane in lanes]
         hooks = StackHooks(self, trials)
         at = beginnings_of(self.setup, command.name, lanes, hooks.warn)
-        num_parameters = 0
-        while (turn := next_to_train(at, command.epoch))[0] and not hooks.must_end:
-            num_parameters = self._train_some(command.name, trials, at, turn, hooks)
+
+        def save(trained: Mapping[int, StackedLane]) -> None:
+            """Commit all lanes of this rank, of which some are in a training."""
+            self.stopwatch.mark("save")
+            others = {n: (trials[n], each.progress, state_of(each)) for n, each in enumerate(at) if each is not None}
+            ordered = [lane for _, lane in sorted({**others, **trained}.items())]
+            rank_of = (self.worker.rank, self.worker.world_size)
+            save_lanes(self.setup.paths, command.name, rank_of, self.setup.attempt, ordered)
+            hooks.note_saved()
+
+        turn, num_parameters = next_to_train(at, command.epoch), 0
+        if not turn[0]:
+            save({})
+        while turn[0] and not hooks.must_end:
+            num_parameters = self._train_some(trials, at, turn, hooks, save)
+            turn = next_to_train(at, command.epoch)
         ledger = self._ledger(self._meter.read(), 1, len(lanes), self.worker.world_size)
-        states = [each.progress.to_state() for each in at if each is not None]
-        return [replace(state, ledger=ledger, num_parameters=num_parameters) for state in states], hooks.was_stopped
+        return [replace(state, ledger=ledger) for state in states_at(at, num_parameters)], hooks.was_stopped
 
     def _train_some(
         self,
-        name: str,
         trials: Sequence[TrialSpec],
         at: list[Checkpoint | None],
         turn: tuple[list[int], int],
         hooks: StackHooks,
+        save: Callable[[Mapping[int, StackedLane]], None],
     ) -> int:
-        """Bring lanes that stand at one place further, commit all lanes, and note in `at` where they stand now.
+        """Bring lanes that stand at one place further, and note in `at` where they stand then.
 
-        Returns the number of parameters of one.
+        Returns the number of parameters of a lane.
         """
         from bigray.training.stack import StackedTraining
-        from bigray.training.stack_checkpoint import lane_checkpoint, save_stack
+        from bigray.training.stack_checkpoint import as_checkpoint, lanes_of
 
-        lanes, epoch = turn
-        hooks.lanes = tuple(trials[lane] for lane in lanes)
+        numbers, epoch = turn
+        hooks.lanes = tuple(trials[number] for number in numbers)
         training = StackedTraining(hooks.lanes, self._process.data, self.setup.num_outputs, self.worker, hooks)
-        training.restore([at[lane] for lane in lanes])
-        others = [(trials[lane], each) for lane, each in enumerate(at) if lane not in lanes and each is not None]
+        training.restore([at[number] for number in numbers])
+        for number in numbers:
+            at[number] = None  # what the training holds
         while True:
             training.train_to(epoch)
-            self.stopwatch.mark("save")
-            save_stack(self.setup.paths, name, self.worker.rank, self.setup.attempt, training, others)
-            hooks.note_saved()
+            trained = dict(zip(numbers, lanes_of(training), strict=True))
+            save(trained)
             if hooks.must_end or training.is_done(epoch):
                 break
-        for row, lane in enumerate(lanes):
-            at[lane] = lane_checkpoint(training, row)
+        is_last = len(numbers) == len(at)  # nobody goes on with the tensors
+        for number, lane in trained.items():
+            at[number] = Checkpoint(lane[1], {}, is_record=True) if is_last else as_checkpoint(lane)
         return training.num_parameters
 
     def _probe(self, command: ProbeStack) -> Probe:
         """Every rank measures at the same time; rank 0's answer counts."""
         from bigray.training.stack import why_not_stacked
-        from bigray.training.stack_probe import time_steps_alone, time_steps_stacked
+        from bigray.training.stack_probe import MOST_ALONE_S, time_steps_alone, time_steps_stacked
 
         self._begin_clean(command.trial)
         self.heartbeat.tick("loading")
         trial, data, outputs = command.trial, self._process.data, self.setup.num_outputs
-        why_not: str | None = self.from_rank_0(lambda: why_not_stacked(trial, data, outputs, self.worker.device))
+        why_not: str | None = self.from_rank_0(
+            lambda: why_not_stacked(trial, data, outputs, self.worker.device, command.num_lanes)
+        )
         if why_not is not None:
             return Probe(0.0, None, why_not)
-        alone_s = time_steps_alone(trial, data, outputs, self.worker)
+        measured_s = time_steps_alone(trial, data, outputs, self.worker)
+        alone_s: float = self.from_rank_0(lambda: measured_s)
+        if alone_s > MOST_ALONE_S:
+            return Probe(alone_s, None, f"a step alone takes {alone_s:.2g} s: too large a model to gain by it")
         return Probe(alone_s, time_steps_stacked(trial, data, outputs, self.worker, command.num_lanes))
 
     def _export(self, command: ExportBundle) -> Any:

@@ -28,6 +28,8 @@ class Leg:
     """Of a probe: the lanes to time."""
     time_a_row: bool = False
     """As in `TrainTo`."""
+    was_split: bool = False
+    """Its trial ran out of memory before, and goes on in smaller passes: it is split once."""
 
     @property
     def name(self) -> str:

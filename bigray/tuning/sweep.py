@@ -81,6 +81,8 @@ class Sweep:
         self._waiting: dict[_Queue, deque[Advance]] = {}
         """Decided and not sent out."""
         self._seats: dict[str, _Seat] = {}
+        self._split: set[str] = set()
+        """Trials that ran out of memory once, and go on in smaller passes, by themselves."""
         self._best: dict[str, Outcome] = {}
         """The newest outcome of each trial."""
         self._choices: dict[str, bool] = {}
@@ -145,6 +147,7 @@ class Sweep:
         if outcome.micro_batch_size is not None:
             training = trial.training.model_copy(update={"micro_batch_size": outcome.micro_batch_size})
             trial = trial.model_copy(update={"training": training})
+            self._split.add(trial.trial_id)
         self._seats[trial.trial_id] = _Seat(trial, outcome.epoch, outcome.stack)
         if self._finalists is None:
             self._best[trial.trial_id] = outcome
@@ -164,7 +167,7 @@ class Sweep:
             self._news.append(Event("proposed", "", {"trials": [trial.model_dump(mode="json")]}))
         if advance.is_promotion:
             self._news.append(Event("promoted", trial.trial_id, {"epoch": advance.epoch}))
-        key = self._kind_of(trial) if trial.training.micro_batch_size is None else trial.trial_id
+        key = trial.trial_id if trial.trial_id in self._split else self._kind_of(trial)
         seat = self._seats.get(trial.trial_id)
         queue = _Queue(advance.epoch, key, 0 if seat is None else seat.epoch)
         self._waiting.setdefault(queue, deque()).append(advance)
@@ -280,6 +283,7 @@ class Sweep:
             stacks=tuple(self._stack_of(trial) for trial in trials),
             take_over=None if is_stacked else advances[0].take_over,
             time_a_row=self._finalists is not None,
+            was_split=trials[0].trial_id in self._split,
         )
 
     def _stack_of(self, trial: TrialSpec) -> str | None:

@@ -73,7 +73,8 @@ def carry_out(switchboard: Any, leg: Leg) -> tuple[LegResult, list[Event]]:
             events.append(Event("warning", leg.trials[0].trial_id, {"text": text}))
     outcomes = []
     for lane, trial in enumerate(leg.trials):
-        state, told = train_alone(switchboard, f"{leg.name}-{trial.trial_id}", leg.alone(lane))
+        key = f"{leg.name}-{trial.trial_id}"
+        state, told = train_alone(switchboard, key, leg.alone(lane), was_split=leg.was_split)
         outcomes.append(Outcome.failed(trial) if state is None else Outcome.of_state(trial, leg.epoch, state, None))
         events += told
     return LegResult(leg.number, tuple(outcomes)), events

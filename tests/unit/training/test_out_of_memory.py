@@ -121,9 +121,16 @@ def test_half_the_rows_are_rounded_up_and_the_rest_of_the_trial_is_the_same(
     assert second.training.model_copy(update={"micro_batch_size": None}) == trial.training
 
 
-def test_a_trial_is_split_once_and_never_below_one_row(make_trial: MakeTrial) -> None:
+def test_a_trial_is_never_split_below_one_row(make_trial: MakeTrial) -> None:
     assert halved(make_trial(), 1) is None
-    assert halved(make_trial(micro_batch_size=8), 8) is None
+    assert halved(make_trial(micro_batch_size=1), 1) is None
+
+
+def test_a_trial_whose_job_splits_its_batches_already_is_split_further(make_trial: MakeTrial) -> None:
+    second = halved(make_trial(micro_batch_size=8), 8)
+
+    assert second is not None
+    assert second.training.micro_batch_size == 4
 
 
 def _curve(reports: list[dict[str, Any]]) -> list[float]:

@@ -352,7 +352,7 @@ def test_a_stack_whose_lanes_have_all_diverged_is_done(make_trial: MakeTrial, bl
     assert stacked.train_to(4)
     assert [progress.ended for progress in stacked.progresses()] == ["diverged", "diverged"]
     assert [len(reports) for reports in hooks.reports.values()] == [1, 1]
-    assert stacked.num_live == 0
+    assert stacked.is_done(4)
     assert stacked.train_to(4)
 
 

@@ -108,7 +108,7 @@ def test_a_lane_is_found_whichever_rank_had_it(paths: RunPaths, trials: list[Tri
     for rank in range(2):
         save_stack(paths, NAME, rank, 1, _trained(trials[rank::2], blobs))
     lanes = read_lanes(paths, [(NAME, trial) for trial in trials])
-    assert [lane.place[-1] for lane in lanes] == ["0", "1", "0"]
+    assert [lane.place.rpartition("/")[2] for lane in lanes] == ["0-of-1", "1-of-1", "0-of-1"]
     assert lanes[2].progress.ended == "diverged"
 
 
@@ -151,10 +151,10 @@ def test_a_stack_that_was_saved_again_replaces_the_one_before(
 ) -> None:
     stack = _trained(trials, blobs, 1)
     save_stack(paths, NAME, 0, 1, stack)
-    before = set(paths.storage.list_names(f"{paths.stack(NAME)}/0"))
+    before = set(paths.storage.list_names(f"{paths.stack(NAME)}/0-of-1"))
     stack.train_to(2)
     save_stack(paths, NAME, 0, 1, stack)
-    after = set(paths.storage.list_names(f"{paths.stack(NAME)}/0"))
+    after = set(paths.storage.list_names(f"{paths.stack(NAME)}/0-of-1"))
     assert before & after == {MANIFEST}
     assert read_lane(paths, NAME, trials[0]).progress.epoch == 2
 
@@ -195,8 +195,39 @@ def test_a_process_that_dies_between_files_leaves_no_half_a_stack(
     assert read_lane(paths, NAME, trials[0]).progress.epoch == 1
 
 
+def test_a_stack_that_is_replaced_while_it_is_read_is_read_as_it_is_then(
+    paths: RunPaths, trials: list[TrialSpec], blobs: TrainingArrays
+) -> None:
+    stack = _trained(trials, blobs, 1)
+    save_stack(paths, NAME, 0, 1, stack)
+    stack.train_to(2)
+
+    class Replaced(Storage):
+        def read_bytes(self, path: str, *arguments: Any) -> bytes:
+            if "safetensors" in path and stack.progresses()[0].epoch == 2:
+                save_stack(paths, NAME, 0, 1, stack)
+                stack.train_to(3)
+            return super().read_bytes(path, *arguments)
+
+    storage = paths.storage
+    reading = RunPaths(Replaced(storage.filesystem, storage.root, storage.uri), paths.run_id)
+    assert read_lane(reading, NAME, trials[0]).progress.epoch == 2
+    assert stack.progresses()[0].epoch == 3, "it was replaced on the way"
+
+
+def test_another_number_of_ranks_replaces_nothing(
+    paths: RunPaths, trials: list[TrialSpec], blobs: TrainingArrays
+) -> None:
+    save_stack(paths, NAME, 0, 1, _trained(trials, blobs, 2))
+    of_two = StackedTraining(trials[::2], blobs, 3, Worker(0, 2, ALONE.device), _Hooks())
+    of_two.train_to(3)
+    save_stack(paths, NAME, 0, 1, of_two)
+
+    assert [lane.progress.epoch for lane in read_lanes(paths, [(NAME, trial) for trial in trials[:2]])] == [3, 2]
+
+
 def _file(paths: RunPaths, name: str) -> Path:
-    (found,) = Path(paths.storage.root).glob(f"{paths.stack(NAME)}/0/{name}")
+    (found,) = Path(paths.storage.root).glob(f"{paths.stack(NAME)}/0-of-1/{name}")
     return found
 
 
@@ -258,6 +289,6 @@ def test_who_was_taken_over_from_commits_no_stack(
 def test_a_stack_can_be_on_an_object_store(trials: list[TrialSpec], blobs: TrainingArrays) -> None:
     filesystem = fs._MockFileSystem()
     paths = RunPaths(Storage(filesystem, "bucket/run", "mock://bucket/run"), "run")
-    filesystem.create_dir("bucket/run/stacks/s1/0")  # object stores need no folders
+    filesystem.create_dir("bucket/run/stacks/s1/0-of-1")  # object stores need no folders
     save_stack(paths, NAME, 0, 1, _trained(trials, blobs, 1))
     assert read_lane(paths, NAME, trials[1]).progress.epoch == 1

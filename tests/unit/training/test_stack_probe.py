@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,29 @@ def test_steps_are_timed_whatever_the_trial(
     trial = make_trial(**settings)
     assert 0 < time_steps_alone(trial, blobs, 3, ALONE) < 1
     assert 0 < time_steps_stacked(trial, blobs, 3, ALONE, 8) < 1
+
+
+def test_a_step_that_takes_long_is_taken_once(
+    make_trial: MakeTrial, blobs: TrainingArrays, user_module: Callable[[str], str]
+) -> None:
+    name = user_module(
+        """
+        import time
+        from torch import nn
+        passes = []
+        class Slow(nn.Linear):
+            def forward(self, x):
+                passes.append(1)
+                time.sleep(0.6)
+                return super().forward(x)
+        def make(shape, outputs): return Slow(shape[0], outputs)
+        """
+    )
+    trial, passes = make_trial(f"{name}:make", {}), importlib.import_module(name).passes
+    assert time_steps_alone(trial, blobs, 3, ALONE) > 0.6
+    assert len(passes) == 1
+    assert time_steps_stacked(trial, blobs, 3, ALONE, 4) > 0.6 / 4
+    assert len(passes) == 2
 
 
 def test_probing_changes_nothing_of_a_trial(make_trial: MakeTrial, blobs: TrainingArrays) -> None:

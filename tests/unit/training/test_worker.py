@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +26,16 @@ from bigray.paths import RunPaths
 from bigray.specs import TrialSpec
 from bigray.training import worker as module
 from bigray.training.checkpoint import committed_steps, read_checkpoint, weights_sha256
-from bigray.training.commands import Event, Lane, Probe, ProbeStack, TakeOver, TrainStack, TrainTo, TrialState
+from bigray.training.commands import Event, Lane, Probe, ProbeStack, TakeOver, TrainStack, TrainTo, TrialState, Wish
 from bigray.training.isolation import CleanState
 from bigray.training.lanes import read_trial
+from bigray.training.loop import Worker
 from bigray.training.membership import Member
 from bigray.training.setup import GroupSetup
+from bigray.training.stack import StackedTraining
+from bigray.training.stack_checkpoint import save_stack
 from bigray.training.switchboard import Switchboard
+from bigray.training.trial_hooks import StackHooks
 from tests.unit.training.test_loop import _train
 
 MakeTrial = Callable[..., TrialSpec]
@@ -50,7 +58,7 @@ class Actor:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.board = Switchboard(1, 0, "here")
+        self.board = Switchboard(1, 1, "here")
 
     def __getattr__(self, name: str) -> Call:
         return Call(getattr(self.board, name), self._loop)
@@ -75,8 +83,9 @@ class Group:
 
     def _serve(self) -> None:
         torch.set_num_threads(1)
-        while (seat := self.process.take_seat(0)) is not None:
-            self.process.sit(*seat)
+        with contextlib.suppress(SystemExit):  # a process that makes room for another
+            while (seat := self.process.take_seat(0)) is not None:
+                self.process.sit(*seat)
 
     def do(self, command: Any) -> Any:
         return self.begin(command).result(60)[2]
@@ -87,6 +96,9 @@ class Group:
     def of(self, kind: str, trial_id: str | None = None) -> list[Event]:
         self.events += self.actor.take_events.remote(0.0).result(10)
         return [event for event in self.events if event.kind == kind and trial_id in (None, event.trial_id)]
+
+    def join(self) -> None:
+        self._thread.join(30)
 
     def end(self) -> None:
         self.actor.stop_all.remote().result(10)
@@ -138,7 +150,7 @@ def test_a_trial_is_trained_from_rung_to_rung_with_a_ledger_for_each(group: Grou
     assert not group.of("resumed")
 
 
-def test_a_command_that_rests_ends_with_its_epoch_and_the_next_one_does_not(
+def test_a_command_that_rests_ends_with_its_epoch_and_so_does_what_was_waiting(
     group: Group, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch, user_module: Callable[[str], str]
 ) -> None:
     from bigray.training import heartbeat
@@ -166,7 +178,7 @@ def test_a_command_that_rests_ends_with_its_epoch_and_the_next_one_does_not(
 
     assert 1 <= state.epoch < 400
     assert state.ended is None
-    assert group.do(TrainTo(trial, state.epoch + 2)).epoch == state.epoch + 2
+    assert state.epoch < group.do(TrainTo(trial, 400)).epoch < 400
 
 
 def test_no_memory_is_raised_with_its_rows_and_the_next_trial_is_as_ever(
@@ -190,7 +202,7 @@ def test_no_memory_is_raised_with_its_rows_and_the_next_trial_is_as_ever(
     assert caught.value.rows == 16
 
     state = group.do(TrainTo(_named(greedy, "greedy", micro_batch_size=8), 4))
-    assert (state.ended, state.micro_batch_size) == ("finished", 8)
+    assert (state.ended, state.micro_batch_size) == ("finished", None), "who splits a trial tells of it"
     trial = make_trial()
     state = group.do(TrainTo(trial, 4))
     assert state.metrics == _train(trial, blobs)[0].progress.metrics
@@ -256,6 +268,117 @@ def test_a_stack_that_is_asked_for_again_is_not_trained_again(group: Group, make
     assert len(group.of("epoch")) == num_epochs == 2 * 3
 
 
+def _wish_once(monkeypatch: pytest.MonkeyPatch, step: int, wish: Callable[[], Wish]) -> None:
+    """What stacks are asked to do after so many steps of all attempts together; nothing at any other."""
+    steps = itertools.count(1)
+    monkeypatch.setattr(StackHooks, "_own_wish", lambda hooks: wish() if next(steps) == step else Wish())
+
+
+def _break() -> Wish:
+    raise module.GenerationBroken
+
+
+def _epochs(group: Group, trial: TrialSpec) -> list[int]:
+    return [event.values["epoch"] for event in group.of("epoch", trial.trial_id)]
+
+
+def test_a_stack_that_is_stopped_goes_on_from_the_end_of_its_epoch(
+    group: Group, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = _lanes(make_trial(epochs=6))
+    _wish_once(monkeypatch, 18, lambda: Wish(save=True, stop=True))
+    states = group.do(TrainStack("leg-1", tuple(map(Lane, trials)), 6))
+
+    assert [(state.epoch, state.ended) for state in states] == [(6, "finished")] * 3
+    for trial in trials:
+        assert _epochs(group, trial) == [1, 2, 3, 4, 5, 6]
+        alone = _named(trial, f"{trial.trial_id}-alone")
+        group.do(TrainTo(alone, 6))
+        expected = _losses(group.of("epoch", alone.trial_id))
+        assert _losses(group.of("epoch", trial.trial_id)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_stack_that_rests_is_gone_on_with_when_it_is_asked_for_again(
+    group: Group, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = TrainStack("leg-1", tuple(map(Lane, _lanes(make_trial(epochs=6)))), 6)
+    _wish_once(monkeypatch, 8, lambda: Wish(rest=True))
+    rested = group.do(command)
+    again = group.do(command)
+
+    assert [state.epoch for state in rested] == [2, 2, 2]
+    assert rested[0].num_parameters == again[0].num_parameters == 4 * 8 + 8 + 8 * 3 + 3
+    assert [state.epoch for state in again] == [6, 6, 6]
+    assert _epochs(group, command.lanes[1].trial) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("every_s", "epochs"), [(1e-6, [1, 2, 3, 4, 5]), (1e6, [1, 2, 3, 1, 2, 3, 4, 5])])
+def test_a_stack_whose_group_is_lost_goes_on_from_what_was_due_to_be_saved(
+    group: Group, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch, every_s: float, epochs: list[int]
+) -> None:
+    trials = _lanes(make_trial(epochs=5, checkpoint_every_s=every_s))
+    _wish_once(monkeypatch, 18, _break)
+    group.do(TrainStack("leg-1", tuple(map(Lane, trials)), 5))
+
+    assert _epochs(group, trials[2]) == epochs
+
+
+def test_lanes_that_stand_at_different_epochs_are_brought_to_one(group: Group, make_trial: MakeTrial) -> None:
+    """One has a checkpoint of its own, two come out of a stack, and one begins."""
+    trials = [_named(make_trial(epochs=6), f"{number:03d}-net", lr=0.01 * (number + 1)) for number in range(4)]
+    group.do(TrainTo(trials[0], 3))
+    group.do(TrainStack("leg-1", (Lane(trials[1]), Lane(trials[2])), 1))
+    lanes = (Lane(trials[0]), Lane(trials[1], "leg-1"), Lane(trials[2], "leg-1"), Lane(trials[3]))
+    command = TrainStack("leg-2", lanes, 5)
+    states = group.do(command)
+
+    assert [state.epoch for state in states] == [5] * 4
+    for trial in trials:
+        assert _epochs(group, trial) == [1, 2, 3, 4, 5]
+        alone = _named(trial, f"{trial.trial_id}-alone")
+        group.do(TrainTo(alone, 5))
+        expected = _losses(group.of("epoch", alone.trial_id))
+        assert _losses(group.of("epoch", trial.trial_id)) == pytest.approx(expected, abs=1e-4)
+        assert read_trial(group.setup, "leg-2", trial).progress.epoch == 5
+    assert [state.epoch for state in group.do(command)] == [5] * 4
+    assert _epochs(group, trials[0]) == [1, 2, 3, 4, 5], "it was not trained again"
+
+
+def test_a_stack_goes_on_from_what_a_group_of_two_had_committed(
+    group: Group, make_trial: MakeTrial, paths: RunPaths, blobs: TrainingArrays
+) -> None:
+    trials = _lanes(make_trial(epochs=6))
+    for rank, epochs in enumerate((2, 3)):
+        worker = Worker(rank, 2, torch.device("cpu"))
+        training = StackedTraining(trials[rank::2], blobs, 3, worker, _Silent())
+        training.train_to(epochs)
+        save_stack(paths, "leg-1", rank, 1, training)
+    states = group.do(TrainStack("leg-1", tuple(map(Lane, trials)), 4))
+
+    assert [state.epoch for state in states] == [4, 4, 4]
+    assert [_epochs(group, trial) for trial in trials] == [[3, 4], [4], [3, 4]]
+
+
+def test_a_stack_with_nothing_left_to_do_holds_its_lanes(group: Group, make_trial: MakeTrial) -> None:
+    trials = _lanes(make_trial())
+    group.do(TrainStack("leg-1", tuple(map(Lane, trials)), 4))
+    states = group.do(TrainStack("leg-2", tuple(Lane(trial, "leg-1") for trial in trials), 4))
+
+    assert [(state.epoch, state.ended) for state in states] == [(4, "finished")] * 3
+    assert read_trial(group.setup, "leg-2", trials[1]).progress.epoch == 4
+
+
+class _Silent:
+    """Hooks of a stack in which nothing is wished and nobody listens."""
+
+    def tick(self, phase: str) -> None: ...
+
+    def exchange(self, step: int) -> Wish:
+        return Wish()
+
+    def on_epoch(self, lane: int, report: dict[str, Any]) -> None: ...
+
+
 def test_lanes_go_on_in_another_stack_and_alone(group: Group, make_trial: MakeTrial, paths: RunPaths) -> None:
     first, second, third = _lanes(make_trial())
     group.do(TrainStack("leg-1", (Lane(first), Lane(second), Lane(third)), 1))
@@ -276,13 +399,58 @@ def test_a_probe_says_what_keeps_a_trial_from_being_stacked_or_how_long_steps_ta
     group: Group, make_trial: MakeTrial
 ) -> None:
     refused: Probe = group.do(ProbeStack(make_trial(exact=True), 4))
+    large: Probe = group.do(ProbeStack(make_trial(), 10**12))
     timed: Probe = group.do(ProbeStack(make_trial(), 4))
 
     assert refused.why_not
     assert not refused.is_stacked
+    assert (large.why_not or "").startswith("1000000000000 lanes would need about")
     assert timed.why_not is None
     assert timed.alone_step_s > 0
     assert timed.stacked_step_s is not None
+
+
+def test_a_model_whose_steps_take_long_is_not_stacked(
+    group: Group, make_trial: MakeTrial, user_module: Callable[[str], str]
+) -> None:
+    name = user_module(
+        """
+        import time
+        from torch import nn
+        class Slow(nn.Linear):
+            def forward(self, x):
+                time.sleep(0.25 if len(x) > 4 else 0)
+                return super().forward(x)
+        def make(shape, outputs): return Slow(shape[0], outputs)
+        """
+    )
+    group.process.clean = CleanState()  # in which the user's module can be found
+    probe: Probe = group.do(ProbeStack(make_trial(f"{name}:make", {}), 4))
+
+    assert probe.alone_step_s > 0.25
+    assert probe.stacked_step_s is None
+    assert not probe.is_stacked
+    assert (probe.why_not or "").startswith("a step alone takes 0.")
+
+
+def test_a_process_that_cannot_be_cleaned_makes_room_for_a_fresh_one(
+    group: Group, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    group.process.clean = CleanState()
+    group.do(TrainTo(_named(make_trial(), "first"), 1))
+    monkeypatch.chdir(tmp_path)
+    folder.rmdir()
+    monkeypatch.setattr(os, "_exit", sys.exit)  # of the thread that is the worker here
+    waiting = group.begin(TrainTo(_named(make_trial(), "second"), 1))
+    group.join()
+
+    (event,) = group.of("recycled")
+    assert "what cannot be put back: FileNotFoundError" in event.values["why"]
+    assert not waiting.done()
+    assert not group.of("epoch", "second")
 
 
 def test_the_best_lane_of_a_stack_can_be_exported(

@@ -291,6 +291,7 @@ class TestStacks:
         promoted = [leg for leg in simulation.legs if leg.trials[0].trial_id in {o.trial_id for o in outcomes}]
         assert promoted
         assert all(leg.kind == "alone" and leg.trials[0].training.micro_batch_size == 8 for leg in promoted)
+        assert all(leg.was_split for leg in promoted), "so that it is not split again"
 
 
 class TestFinalists:
