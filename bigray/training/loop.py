@@ -31,10 +31,11 @@ from bigray.data.batches import (
     worker_share,
 )
 from bigray.data.dataset import TrainingArrays
-from bigray.errors import OutOfMemory, TrainingFailed
+from bigray.errors import OutOfMemory
 from bigray.specs import TrialSpec
 from bigray.training import fsdp
 from bigray.training.batchnorm import uncounted_rows
+from bigray.training.best_epoch import validated
 from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict, weights_sha256
 from bigray.training.commands import Wish
 from bigray.training.exact import ExactGradients
@@ -292,6 +293,7 @@ class TrialTraining:
         after = replace(
             self._record,
             epoch=self._record.epoch + 1,
+            step=self._step,
             samples_lost=self._record.samples_lost + lost,
             samples_repeated=self._record.samples_repeated + repeated,
             epoch_loss_sum=0.0,
@@ -302,7 +304,10 @@ class TrialTraining:
             metrics = self.evaluate()
             self.hooks.tick("save")
             fault = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
-            after = self._record_validation(after, metrics) if fault is None else after
+            if fault is None:
+                after = validated(after, metrics, spec)
+                if after.best_epoch == after.epoch:
+                    self.best_weights = self._replica.weights_to_keep()
         if is_last:
             after = replace(after, ended="finished")
         elif spec.patience is not None and after.validations_since_best >= spec.patience:
@@ -315,33 +320,6 @@ class TrialTraining:
             self._on_non_finite(f"step {self._step}: {fault} is not finite")
         else:
             self._report(train_loss, num_samples / train_s, time.perf_counter() - started)
-
-    def _record_validation(self, progress: Progress, metrics: dict[str, float]) -> Progress:
-        progress = replace(progress, metrics=metrics)
-        if not self._is_better(metrics, progress.best_metrics):
-            return replace(progress, validations_since_best=progress.validations_since_best + 1)
-        self.best_weights = self._replica.weights_to_keep()
-        return replace(
-            progress,
-            best_epoch=progress.epoch,
-            best_step=self._step,
-            best_metrics=metrics,
-            validations_since_best=0,
-            improvements=(*progress.improvements, (progress.epoch, metrics[self._spec.selection_metric])),
-        )
-
-    def _is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """By the selection metric, and by the loss where that is equal (small validation sets tie often)."""
-        name = self._spec.selection_metric
-        if name not in metrics:
-            raise TrainingFailed(
-                f"training.metric: '{name}' is not reported by task '{self._spec.task}'; it has {', '.join(metrics)}"
-            )
-        if not best:
-            return True
-        sign = 1.0 if self._spec.selection_mode == "max" else -1.0
-        now, then = sign * metrics[name], sign * best[name]
-        return now > then or (now == then and metrics["val_loss"] < best["val_loss"])
 
     def _on_non_finite(self, reason: str) -> None:
         """End the trial as diverged, or go back to the last checkpoint and on from there with a lower rate."""

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from bigray.data.batches import IndexArray, epoch_order, global_batch, steps_per_epoch
 from bigray.data.dataset import TrainingArrays
-from bigray.errors import StorageError, TrainingFailed, last_line
+from bigray.errors import StorageError, last_line
 from bigray.models import build_model
 from bigray.specs import TrialSpec
+from bigray.training.best_epoch import validated
 from bigray.training.checkpoint import Checkpoint, Progress, StateDict
 from bigray.training.commands import Wish
 from bigray.training.loop import Worker
@@ -279,7 +280,7 @@ class StackedTraining:
             if measured is not None:
                 fault = next((name for name, value in measured[row].items() if not math.isfinite(value)), None)
                 if fault is None:
-                    after = self._with_metrics(after, measured[row])
+                    after = validated(after, measured[row], self._spec)
                     if after.best_epoch == self._epoch:
                         improved.append(row)
                 else:
@@ -287,33 +288,6 @@ class StackedTraining:
             self._records[lane] = self._ended_if_due(after, lane in faults)
         self._keep_best(improved)
         return faults
-
-    def _with_metrics(self, progress: Progress, metrics: dict[str, float]) -> Progress:
-        if not self._is_better(metrics, progress.best_metrics):
-            count = progress.validations_since_best + 1
-            return replace(progress, metrics=metrics, validations_since_best=count)
-        return replace(
-            progress,
-            metrics=metrics,
-            best_epoch=progress.epoch,
-            best_step=progress.step,
-            best_metrics=metrics,
-            validations_since_best=0,
-            improvements=(*progress.improvements, (progress.epoch, metrics[self._spec.selection_metric])),
-        )
-
-    def _is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """By the selection metric, and by the loss where that is equal, as for the trial alone."""
-        name = self._spec.selection_metric
-        if name not in metrics:
-            raise TrainingFailed(
-                f"training.metric: '{name}' is not reported by task '{self._spec.task}'; it has {', '.join(metrics)}"
-            )
-        if not best:
-            return True
-        sign = 1.0 if self._spec.selection_mode == "max" else -1.0
-        now, then = sign * metrics[name], sign * best[name]
-        return now > then or (now == then and metrics["val_loss"] < best["val_loss"])
 
     def _ended_if_due(self, progress: Progress, has_fault: bool) -> Progress:
         spec = self._spec
