@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import faulthandler
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,10 @@ from bigray.data.dataset import TrainingArrays
 from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
 from bigray.training.checkpoint import Checkpoint, SnapshotBuffers
 from bigray.training.loop import TrialTraining, Worker
+from bigray.training.membership import Member, Place
+from bigray.training.process_group import process_group
 from bigray.training.tensor_files import pack_tensors
+from tests.integration.process_group_ranks import look_up, publisher
 from tests.loop_hooks import RecordingHooks
 
 NUM_PROCESSES = 4
@@ -62,11 +66,13 @@ DIVERGING = {
     "nan, fsdp": (_MLP, {**_SGD, "strategy": "fsdp"}),
     "nan, rollback": (_MLP, {**_SGD, "on_non_finite": {"policy": "rollback", "max_rollbacks": 1}}),
 }
+HANGS_AFTER_S = 160.0
 RESIZED = ("mlp", "batch norm", "sgd", "fsdp")
 
 
 def run(rank: int, folder: Path) -> None:
     """One of the four processes. Rank 0 of each group writes `<case>-<world size>.safetensors` and `.json`."""
+    faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)  # says where, and ends the others
     torch.set_num_threads(1)
     for world_size in range(1, NUM_PROCESSES + 1):
         with _group(rank, world_size, folder, f"{world_size}") as worker:
@@ -82,6 +88,7 @@ def run(rank: int, folder: Path) -> None:
     for name in RESIZED:
         _resize(rank, name, folder)
     _lose_workers(rank, folder)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _resize(rank: int, name: str, folder: Path) -> None:
@@ -125,11 +132,11 @@ def _group(rank: int, world_size: int, folder: Path, name: str) -> Iterator[Work
     if rank >= world_size:
         yield None
         return
-    store = dist.FileStore(str(folder / f"store-{name}"), world_size)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    yield Worker(rank, world_size, torch.device("cpu"))
-    dist.destroy_process_group()
+    members = tuple(Member("here", "127.0.0.1", number, number, world_size) for number in range(world_size))
+    place = Place(zlib.crc32(name.encode()), rank, members)
+    with process_group(place, "gloo", publisher(place, str(folder)), lambda: look_up(place, str(folder))):
+        yield Worker(rank, world_size, torch.device("cpu"))
+        dist.barrier()  # the first to leave hangs up
 
 
 def _begin(name: str, worker: Worker, stop_at: int = 0) -> tuple[TrialTraining, RecordingHooks]:
