@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bigray.cluster.capacity import connected_capacity
 from bigray.data.dataset import Dataset
 from bigray.errors import Preempted, last_line
 from bigray.paths import RunPaths
@@ -34,6 +35,7 @@ HOLD_TIMEOUT_S = 20.0
 LETTING_GO_S = 15.0
 """For the driver's threads when it is told to end: Ray ends the process on the spot, with exit code 1, where a thread
 still uses the connection that is being closed."""
+PLACES_TIMEOUT_S = 5.0
 DRAIN_WATCH_EVERY_S = 1.0
 RESIZE_EVERY_S = 5.0
 """How often an elastic group looks whether the cluster has changed (Ray: 60 s)."""
@@ -100,6 +102,7 @@ def open_groups(
         max_rss_gb=scaling.max_rss_gb,
     )
     is_over = threading.Event()
+    free_cpus = connected_capacity().free_cpus
     with tempfile.TemporaryDirectory(prefix="bigray-train-", ignore_cleanup_errors=True) as scratch:
         groups = [
             _start_thread(f"worker-group-{group}", _run_group, replace(setup, group=group), scaling, scratch, is_over)
@@ -123,6 +126,7 @@ def open_groups(
         finally:
             is_over.set()
         _stop(switchboard, groups)
+        _wait_for_places(free_cpus)
 
 
 def _start_thread(name: str, work: Callable[..., None], *arguments: Any) -> threading.Thread:
@@ -278,6 +282,14 @@ def _stop(switchboard: Any, threads: list[threading.Thread]) -> None:
         ray.get(switchboard.stop_all.remote(), timeout=STOP_TIMEOUT_S)
     _join(threads, STOP_TIMEOUT_S)
     ray.kill(switchboard)
+
+
+def _wait_for_places(free_cpus: float) -> None:
+    """Until as many CPUs are free as before: Ray gives the places back a moment after the controllers have ended, and
+    the next run in this process would be told that there is no room. Not for long: others may have taken them."""
+    deadline = time.monotonic() + PLACES_TIMEOUT_S
+    while connected_capacity().free_cpus < free_cpus and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _join(threads: Sequence[threading.Thread], timeout_s: float) -> None:
