@@ -53,10 +53,6 @@ class TrialProgress:
             return None
         return (self.trial.training.epochs - self.epoch) * self.epoch_s
 
-    @property
-    def has_ended(self) -> bool:
-        return self.status not in OPEN_STATUSES
-
 
 class RunProgress:
     """Updated by each event of a run, in order."""

@@ -122,7 +122,13 @@ class RunReport:
 
 
 def read_report(location: str | Path) -> RunReport:
-    """Read a run's folder.
+    """Read a run's folder; raises as `find_run`."""
+    paths, document = find_run(location)
+    return make_report(paths, document, list(read_journal(paths)))
+
+
+def find_run(location: str | Path) -> tuple[RunPaths, dict[str, Any]]:
+    """A run's folder, and its run.json.
 
     Raises:
         StorageError: there is no run; names what is near.
@@ -134,8 +140,7 @@ def read_report(location: str | Path) -> RunReport:
         document = json.loads(storage.read_bytes(RUN_FILE))
     except ValueError as error:
         raise StorageError(f"{storage.uri}/{RUN_FILE}: not valid JSON: {error}") from error
-    paths = RunPaths(storage, document["run"])
-    return make_report(paths, document, list(read_journal(paths)))
+    return RunPaths(storage, document["run"]), document
 
 
 def make_report(paths: RunPaths, document: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> RunReport:

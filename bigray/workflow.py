@@ -18,13 +18,14 @@ import numpy as np
 from bigray.bundle import BundleManifest, ModelBundle
 from bigray.cluster.capacity import connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
-from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, make_plan
+from bigray.cluster.plan import Plan
 from bigray.data.dataset import Dataset
 from bigray.errors import DeployError, SpecError, StorageError
 from bigray.inference import Predictions, Predictor
 from bigray.journal import read_journal
 from bigray.loading import load_job, load_search
-from bigray.paths import BUNDLE, RUN_FILE, RunPaths
+from bigray.paths import BUNDLE, RunPaths
+from bigray.report import find_run
 from bigray.results import HoldoutCheck, Leaderboard
 from bigray.serve.client import predict_table
 from bigray.serve.config import ServeSpec, load_serve
@@ -36,7 +37,7 @@ from bigray.storage import MANIFEST, Storage, open_storage
 from bigray.training.commands import Event
 from bigray.training.request import RunRequest, make_request
 from bigray.training.runner import training_trials
-from bigray.training.session import Listener
+from bigray.training.session import Listener, plan_for
 from bigray.tuning.space import search_trials
 
 EQUAL_WITHIN = 1e-6
@@ -91,8 +92,7 @@ def extend_request(
     Raises:
         SpecError: no such run, not a sweep that can be extended, or something that decides the results has changed.
     """
-    paths = find_run(run)
-    document = json.loads(paths.storage.read_bytes(RUN_FILE))
+    paths, document = find_run(run)
     if document["search"] is None:
         raise SpecError(f"--extend: {paths.run_id} is a plain training, without a search; use bigray tune")
     job_spec = JobSpec.model_validate_json(json.dumps(document["job"]))
@@ -137,18 +137,6 @@ def _check_same(what: str, recorded: dict[str, Any], asked: dict[str, Any], path
         )
 
 
-def find_run(location: str | Path) -> RunPaths:
-    """A run's folder.
-
-    Raises:
-        StorageError: there is none; names what is near.
-    """
-    storage = open_storage(location)
-    if not storage.exists(RUN_FILE):
-        raise StorageError(f"{storage.uri}: no run here{_runs_near(storage)}")
-    return RunPaths(storage, storage.root.rpartition("/")[2])
-
-
 def plan(
     job: JobSpec, search: SearchSpec | None = None, serve: ServeSpec | None = None, *, address: str | None = None
 ) -> Plan:
@@ -168,19 +156,7 @@ def plan_request(request: RunRequest, serve: ServeSpec | None = None, *, address
     else:
         ensure_connected(address)
         capacity = connected_capacity()
-    needs = serve.needs() if serve is not None else None
-    actor_bytes = LEG_ACTOR_BYTES if request.search is not None else 0
-    rows = request.dataset.num_rows
-    data_bytes = request.dataset.arrays.nbytes
-    return make_plan(
-        request.job,
-        request.num_trials,
-        rows,
-        capacity,
-        needs,
-        data_bytes=data_bytes,
-        trial_actor_bytes=actor_bytes,
-    )
+    return plan_for(request, capacity, serve.needs() if serve is not None else None)
 
 
 def find_bundle(location: str | Path | Storage) -> str:

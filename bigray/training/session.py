@@ -20,9 +20,9 @@ from typing import Any
 import ray
 
 from bigray.bundle import BundleManifest, FactorySpec, Origin
-from bigray.cluster.capacity import connected_capacity, local_capacity
+from bigray.cluster.capacity import Capacity, connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
-from bigray.cluster.plan import LEG_ACTOR_BYTES, make_plan
+from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, ServeNeeds, make_plan
 from bigray.errors import TrainingFailed
 from bigray.journal import Journal, read_journal
 from bigray.paths import RUN_FILE, RunPaths
@@ -89,7 +89,7 @@ def run_trials(
         listener(Event("complete", "", {"run": paths.run_id}))
     else:
         if resolve_address(address) is None and not ray.is_initialized():
-            _plan(request, local_capacity())  # says no before Ray starts
+            plan_for(request, local_capacity())  # says no before Ray starts
         _tell_start(request, paths, events, listener)
         imports = preload()
         ensure_connected(address)
@@ -102,7 +102,7 @@ def run_trials(
 
 def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths, judge: Judge | None) -> None:
     job = request.job
-    plan = _plan(request, connected_capacity())
+    plan = plan_for(request, connected_capacity())
     paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
     earlier = list(read_journal(paths))
     journal = Journal.open(paths)
@@ -129,12 +129,18 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
         housekeeping.finish({winner.trial_id, *(finalist.best_seed_trial for finalist in finalists)})
 
 
-def _plan(request: RunRequest, capacity: Any) -> Any:
+def plan_for(request: RunRequest, capacity: Capacity, serve: ServeNeeds | None = None) -> Plan:
+    """`make_plan` of a request.
+
+    Raises:
+        CapacityError: it does not fit.
+    """
     return make_plan(
         request.job,
         request.num_trials,
         request.dataset.num_rows,
         capacity,
+        serve,
         data_bytes=request.dataset.arrays.nbytes,
         trial_actor_bytes=LEG_ACTOR_BYTES if request.search is not None else 0,
     )

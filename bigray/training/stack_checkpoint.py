@@ -43,11 +43,6 @@ StackedLane = tuple[TrialSpec, Progress, "dict[str, StateDict] | None"]
 """A lane as it is saved: its tensors by stem, None where only its record is left."""
 
 
-def save_stack(paths: RunPaths, name: str, rank: int, attempt: int, training: StackedTraining) -> None:
-    """`save_lanes` of all lanes of a training."""
-    save_lanes(paths, name, (rank, training.worker.world_size), attempt, lanes_of(training))
-
-
 def save_lanes(
     paths: RunPaths, name: str, rank_of: tuple[int, int], attempt: int, lanes: Sequence[StackedLane]
 ) -> None:

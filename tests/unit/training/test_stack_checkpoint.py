@@ -21,8 +21,9 @@ from bigray.training.checkpoint import load_checkpoint
 from bigray.training.commands import Wish
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.stack import StackedTraining
-from bigray.training.stack_checkpoint import read_lane, read_lanes, save_lane, save_stack
+from bigray.training.stack_checkpoint import read_lane, read_lanes, save_lane
 from tests.loop_hooks import RecordingHooks
+from tests.stacks import save_stack
 
 MakeTrial = Callable[..., TrialSpec]
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))

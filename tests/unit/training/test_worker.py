@@ -33,9 +33,9 @@ from bigray.training.loop import Worker
 from bigray.training.membership import Member
 from bigray.training.setup import GroupSetup
 from bigray.training.stack import StackedTraining
-from bigray.training.stack_checkpoint import save_stack
 from bigray.training.switchboard import Switchboard
 from bigray.training.trial_hooks import StackHooks
+from tests.stacks import save_stack
 from tests.unit.training.test_loop import _train
 
 MakeTrial = Callable[..., TrialSpec]
