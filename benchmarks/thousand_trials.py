@@ -281,10 +281,11 @@ def num_processes(pid: int) -> int:
 def answers_like(offline: list[dict[str, Any]], port: int, row: dict[str, Any]) -> bool:
     """Whether the endpoint says of a row what the bundle says."""
     from bigray.errors import DeployError
-    from bigray.serve.client import predict_records
+    from bigray.serve.client import Client
 
     try:
-        online = predict_records(f"http://127.0.0.1:{port}", [row])
+        with Client(f"http://127.0.0.1:{port}") as client:
+            online = client.predict([row])
     except DeployError:
         return False
     differences = [abs(a - b) for a, b in zip(online[0]["probabilities"], offline[0]["probabilities"], strict=True)]

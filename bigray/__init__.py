@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bigray.inference import Predictor
     from bigray.loading import load_job, load_search
     from bigray.results import Leaderboard, Verification
+    from bigray.serve.client import Client
     from bigray.serve.config import load_serve
     from bigray.specs import JobSpec, SearchSpec
     from bigray.training.runner import train
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BigrayError",
+    "Client",
     "JobSpec",
     "Leaderboard",
     "ModelBundle",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOME = {
     "BigrayError": "errors",
+    "Client": "serve.client",
     "JobSpec": "specs",
     "Leaderboard": "results",
     "ModelBundle": "bundle",

@@ -6,12 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from bigray.cluster.plan import Plan
     from bigray.report import RunReport, Totals
     from bigray.serve.runner import Deployment, EndpointStatus
+    from bigray.serve.scaling.simulation import SimulationResult
 
 WHOLE_LEADERBOARD = 40
 """Trials up to which a leaderboard has a row for each; of more, `SHOWN_OF_MANY`."""
@@ -94,6 +96,43 @@ def print_error(error: BigrayError) -> None:
 def say(text: str) -> None:
     """One plain line on standard error, so that `--json` output stays clean."""
     err.print(text, soft_wrap=True, markup=False)
+
+
+def print_text(text: str) -> None:
+    """A value by itself on standard output, for scripts that take it from there."""
+    out.print(text, soft_wrap=True, markup=False)
+
+
+def print_table(table: RenderableType, *, to_stderr: bool = False) -> None:
+    """A table made elsewhere."""
+    (err if to_stderr else out).print(table)
+
+
+class StatusLine:
+    """One line on standard error that is written over; where that is no terminal, only what is to stay in a log."""
+
+    def __init__(self, status: Status | None) -> None:
+        self._status = status
+
+    def show(self, text: str, *, log: bool = False) -> None:
+        if self._status is not None:
+            self._status.update(Text(text))
+        elif log:
+            say(text)
+
+    def clear(self) -> None:
+        if self._status is not None:
+            self._status.update("")
+
+
+@contextmanager
+def status_line() -> Iterator[StatusLine]:
+    """A line for what is going on, gone afterwards."""
+    if not err.is_terminal:
+        yield StatusLine(None)
+        return
+    with err.status("") as status:
+        yield StatusLine(status)
 
 
 def print_plan(plan: Plan) -> None:
@@ -375,6 +414,8 @@ def _ago(seconds: float) -> str:
 def print_deployment(deployment: Deployment, curl: str) -> None:
     """Where the endpoint is and how to ask it."""
     out.print(f"\nserving {deployment.model} version {deployment.version} at {deployment.url}", soft_wrap=True)
+    if deployment.why:
+        out.print(f"why: {deployment.why}", soft_wrap=True, markup=False)
     out.print(curl, soft_wrap=True, markup=False)
 
 
@@ -460,16 +501,26 @@ def print_status(rows: tuple[EndpointStatus, ...]) -> None:
         out.print("nothing is served on this cluster")
         return
     table = Table()
-    for name in ("name", "state", "replicas", "url", "bundle"):
+    for name in ("name", "state", "replicas", "version", "url", "bundle"):
         table.add_column(name, overflow="fold")
     for row in rows:
         style = "green" if row.state == "RUNNING" else "yellow"
         replicas = f"{row.replicas_running} of {row.replicas_target}"
-        table.add_row(row.name, f"[{style}]{row.state}[/]", replicas, row.url, row.bundle)
+        table.add_row(row.name, f"[{style}]{row.state}[/]", replicas, row.version, row.url, row.bundle)
     out.print(table)
     for row in rows:
+        if row.rollout:
+            out.print(f"{row.name}: {row.rollout} is under way", soft_wrap=True, markup=False)
         if row.message:
             out.print(f"{row.name}: {row.message}", soft_wrap=True, markup=False)
+
+
+def print_simulation(result: SimulationResult) -> None:
+    """What a trace would do to an endpoint: the figures, and charts over time."""
+    from bigray.serve.scaling.tables import simulation_chart, simulation_table
+
+    out.print(simulation_table(result))
+    out.print(simulation_chart(result, min(out.width, LOG_WIDTH)))
 
 
 def print_predictions(predictions: list[dict[str, Any]]) -> None:

@@ -58,9 +58,16 @@ class Predictor:
             else _torch_forward(bundle, num_threads, allow_factories)
         )
 
+    def outputs(self, features: FloatArray) -> FloatArray:
+        """Feature rows (rows, *input_shape), before standardisation -> what the model itself returns.
+
+        That is (rows, num_outputs): logits, or values.
+        """
+        return self._forward(self._preprocess(features)).reshape(len(features), -1)
+
     def run(self, features: FloatArray) -> Predictions:
         """Raw feature rows (rows, *input_shape), before standardisation -> predictions."""
-        outputs = self._forward(self._preprocess(features))
+        outputs = self.outputs(features)
         schema = self.manifest.outputs
         if schema.task == "regression":
             return Predictions(labels=None, probabilities=None, values=outputs.reshape(-1))

@@ -30,8 +30,10 @@ from bigray.results import HoldoutCheck, Leaderboard
 from bigray.serve.client import predict_table
 from bigray.serve.config import ServeSpec, load_serve
 from bigray.serve.instance import start_serve
+from bigray.serve.rollout import Mode
 from bigray.serve.runner import Deployment
 from bigray.serve.runner import deploy as deploy_bundle
+from bigray.serve.scaling.simulation import SimulationResult
 from bigray.specs import JobSpec, SearchSpec
 from bigray.storage import MANIFEST, Storage, open_storage
 from bigray.training.commands import Event
@@ -177,20 +179,54 @@ def deploy(
     config: ServeSpec | str | Path = "serve/local.yaml",
     *,
     address: str | None = None,
+    mode: Mode | None = None,
+    force: bool = False,
+    is_open: bool = False,
 ) -> Deployment:
     """Serve the winner of a run; returns when it answers over HTTP.
 
     `run` is a leaderboard, a run folder or a bundle folder. Without a cluster a local Ray is started, which serves
-    until this process ends.
+    until this process ends. Where a version serves already, this one takes its place, by way of a canary or a shadow
+    where `mode` says so; `force` lets it past a worse holdout, a slower answer or another schema.
 
     Raises:
+        SpecError: the endpoint would be reachable from other machines without a key, and `is_open` is not given.
         StorageError: there is no bundle, or it is corrupt.
-        DeployError: the endpoint did not come up.
+        DeployError: the gate refused it, or the endpoint did not come up.
     """
     spec = config if isinstance(config, ServeSpec) else load_serve(config)
     bundle = find_bundle(run.bundle if isinstance(run, Leaderboard) else run)
     ensure_connected(address)
-    return deploy_bundle(bundle, spec)
+    return deploy_bundle(bundle, spec, mode=mode, force=force, is_open=is_open)
+
+
+def replay_trace(
+    run: str | Path,
+    trace: str,
+    config: ServeSpec | str | Path = "serve/autoscale.yaml",
+    *,
+    rate_per_s: float = 50.0,
+    seed: int = 0,
+    price_per_hour: float | None = None,
+) -> SimulationResult:
+    """What a request trace would do to an endpoint: the file's autoscaling, the run's model as it is measured here.
+
+    Raises:
+        SpecError: the trace cannot be read, or the file has no autoscaling by bigray's policy.
+        StorageError: there is no bundle, or it is corrupt.
+    """
+    from bigray.serve.scaling.measure import measure_service
+    from bigray.serve.scaling.simulation import simulate
+    from bigray.serve.scaling.trace import load_trace
+
+    spec = config if isinstance(config, ServeSpec) else load_serve(config)
+    settings = spec.scaling_settings(str(config))
+    arrivals = load_trace(trace, seed=seed, rate_per_s=rate_per_s)
+    args = spec.application.args
+    service = measure_service(find_bundle(run), args.num_threads or 1, allow_factories=args.allow_factories)
+    return simulate(
+        arrivals, replace(service, max_queue_s=args.max_queue_s), settings, price_per_replica_hour=price_per_hour
+    )
 
 
 @contextmanager

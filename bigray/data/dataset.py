@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,8 @@ class Dataset:
     preprocessing: Preprocessing
     fingerprint: str
     example: dict[str, Any]
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Least and largest raw value of each feature column among training and validation rows."""
 
     @property
     def num_rows(self) -> dict[str, int]:
@@ -62,11 +64,7 @@ class Dataset:
 
     def holdout_targets(self) -> list[Any]:
         """The true answers of the holdout: class names as `outputs.class_names` has them, or values."""
-        values = column_to_numpy(self.holdout, self.outputs.target)
-        if self.outputs.task == "classification":
-            return _class_names(_class_values(values))
-        numbers: list[Any] = values.tolist()
-        return numbers
+        return true_answers(self.holdout, self.outputs)
 
 
 def prepare_dataset(spec: DataSpec, task: BuiltInTask) -> Dataset:
@@ -93,7 +91,8 @@ def prepare_dataset(spec: DataSpec, task: BuiltInTask) -> Dataset:
     split = split_rows(hashes, targets if task == "classification" else None, spec.split)  # type: ignore[arg-type]
     _check_split(spec, task, split.train.size, split.validation.size)
 
-    preprocessing = fit_preprocessing(spec.normalize, x[split.train])
+    x_train = x[split.train]
+    preprocessing = fit_preprocessing(spec.normalize, x_train)
     x_standardised = preprocessing.apply(x)
     arrays = TrainingArrays(
         x_train=np.ascontiguousarray(x_standardised[split.train]),
@@ -109,7 +108,17 @@ def prepare_dataset(spec: DataSpec, task: BuiltInTask) -> Dataset:
         preprocessing=preprocessing,
         fingerprint=fingerprint(table.select([*features, spec.target]), hashes),
         example=table_to_records(table.select(list(features)).take(pa.array(split.train[:1])))[0],
+        ranges=_ranges(inputs, x_train, x[split.validation]),
     )
+
+
+def true_answers(table: pa.Table, outputs: OutputSchema) -> list[Any]:
+    """The target column of some rows: class names as `outputs.class_names` has them, or values."""
+    values = column_to_numpy(table, outputs.target)
+    if outputs.task == "classification":
+        return _class_names(_class_values(values))
+    numbers: list[Any] = values.tolist()
+    return numbers
 
 
 def _column_faults(table: pa.Table, spec: DataSpec, features: tuple[str, ...]) -> Iterable[str]:
@@ -154,6 +163,15 @@ def column_shape(table: pa.Table, name: str) -> tuple[int, ...]:
 
 def _feature_schema(table: pa.Table, features: tuple[str, ...]) -> FeatureSchema:
     return FeatureSchema(columns=tuple(Column(name=name, shape=column_shape(table, name)) for name in features))
+
+
+def _ranges(inputs: FeatureSchema, *parts: NDArray[np.float32]) -> dict[str, tuple[float, float]]:
+    axes = None if inputs.is_tensor else 0
+    least = np.atleast_1d(np.min([part.min(axis=axes) for part in parts], axis=0))
+    largest = np.atleast_1d(np.max([part.max(axis=axes) for part in parts], axis=0))
+    # by way of their text, which is 0.1 and not the 0.10000000149 that float32 makes of it
+    bounds = [(float(str(low)), float(str(high))) for low, high in zip(least, largest, strict=True)]
+    return {column.name: bound for column, bound in zip(inputs.columns, bounds, strict=True)}
 
 
 def _booleans_as_numbers(table: pa.Table, features: tuple[str, ...]) -> pa.Table:

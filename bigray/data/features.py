@@ -5,6 +5,7 @@ Training, offline prediction and the replica all come through here, so a row mea
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,9 @@ class FeatureSchema(BaseModel):
         """
         if not isinstance(records, list) or not records:
             raise SpecError("records: expected a list with at least one row")
-        return self.checked(self._values(records))
+        values = self._values(records)
+        quick = _plain_numbers(values, self.input_shape)
+        return self.checked(values if quick is None else quick)
 
     def checked(self, values: Any) -> FloatArray:
         """Nested numbers or an array -> float32 array (rows, *input_shape), or `SpecError` naming what is wrong."""
@@ -89,6 +92,32 @@ class FeatureSchema(BaseModel):
             return [[record[name] for name in names] for record in records]
         except (KeyError, TypeError, IndexError):
             raise SpecError(_missing_column(names, records)) from None
+
+
+def _plain_numbers(rows: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """Nested lists of plain numbers -> (rows, *shape), two to three times as fast as numpy looks through them.
+
+    None for anything else, which `checked` then names.
+    """
+    numbers = array("d")
+    try:
+        for row in rows:
+            _gather(row, shape, numbers)
+    except (TypeError, OverflowError, ValueError):
+        return None
+    return np.frombuffer(numbers, dtype=np.float64).reshape(len(rows), *shape)
+
+
+def _gather(values: Any, shape: tuple[int, ...], numbers: array[float]) -> None:
+    if len(values) != shape[0] or type(values) is not list:
+        raise ValueError("not this shape")
+    if len(shape) > 1:
+        for inner in values:
+            _gather(inner, shape[1:], numbers)
+        return
+    if type(values[0]) is bool:  # counts as a number here, and nowhere else
+        raise TypeError("not a number")
+    numbers.fromlist(values)
 
 
 def column_to_numpy(table: pa.Table, name: str) -> NDArray[Any]:

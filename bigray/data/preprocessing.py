@@ -29,6 +29,14 @@ class Preprocessing(BaseModel):
         """(rows, *input_shape) float32 -> the same shape, standardised."""
         return self.function()(x)
 
+    def undo(self, x: FloatArray) -> FloatArray:
+        """Standardised rows -> raw ones, to the rounding of float32; applying it again gives `x` but for that."""
+        if self.kind == "none":
+            return x
+        shape = (len(self.mean), *(1,) * (x.ndim - 2))
+        mean, std = (np.asarray(values, dtype=np.float64).reshape(shape) for values in (self.mean, self.std))
+        return (x * std + mean).astype(np.float32)
+
     def function(self) -> Callable[[FloatArray], FloatArray]:
         """`apply` with its constants made once, for callers that need it on every request."""
         if self.kind == "none":

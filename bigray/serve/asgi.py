@@ -1,150 +1,286 @@
-"""The HTTP application of one model: raw ASGI, so that nothing stands between the server and the model.
+"""The HTTP application of an endpoint: raw ASGI, so that nothing stands between the server and the model.
 
-Runs in the replica under Serve, and anywhere else an ASGI application runs (the tests call it in-process).
+Runs in the replica under Serve, in the gate's candidate process, and anywhere else an ASGI application runs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from bigray.bundle import ModelBundle
 from bigray.errors import SpecError
-from bigray.serve import protocol
-from bigray.serve.batching import Batcher
-from bigray.serve.openapi import openapi_document
+from bigray.serve.http import Answer, Headers, Refusal, Request
+from bigray.serve.loaded import LoadedModel
+from bigray.serve.observe.access_log import AccessLog
+from bigray.serve.observe.telemetry import MODEL_ROUTES, Telemetry
+from bigray.serve.protect.guard import Guard
+from bigray.serve.routes import OPEN, Route, Router
+from bigray.serve.store import ModelStore
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Handler = Callable[[bytes], Awaitable[bytes]]
+
+DRAINED_BYTES = 64 * 2**20
+"""A body over the limit is read to its end up to this size, since a client that is still sending cannot read an answer;
+of a larger one the connection is closed."""
+TICK_S = 0.2
+ID_BYTES = 8
+LONGEST_ID = 128
 
 # Serve sends this logger to the replica's own log file
 _logger = logging.getLogger("ray.serve")
 
 
-class Refusal(Exception):
-    """An answer other than 200; `message` is sent to the caller."""
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost."""
 
-    def __init__(self, status: int, message: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
+    max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 10.0
+    """A body that has not come whole by then is refused with 408."""
 
 
 class ModelApp:
-    """Answers every route of one loaded bundle."""
+    """Answers every route of the models in a store (one event loop)."""
 
-    def __init__(self, bundle: ModelBundle, backend: str, batcher: Batcher, max_body_bytes: int) -> None:
-        self._manifest, self._version = bundle.manifest, bundle.version
-        self._batcher = batcher
-        self._max_body_bytes = max_body_bytes
-        self._routes = self._build_routes(backend)
-        self._headers: tuple[tuple[bytes, bytes], ...] = (
-            (b"content-type", b"application/json"),
-            (b"x-bigray-version", self._version.encode()),
-        )
+    def __init__(
+        self,
+        store: ModelStore,
+        router: Router,
+        *,
+        guard: Guard,
+        telemetry: Telemetry,
+        limits: Limits,
+        tick: Callable[[], None],
+        access_log: AccessLog | None = None,
+    ) -> None:
+        """`tick` is called several times a second while the server runs."""
+        self._tick = tick
+        self._store, self._router, self._guard = store, router, guard
+        self._telemetry, self._limits, self._access_log = telemetry, limits, access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self._answer_http(scope, receive, send)
         elif scope["type"] == "lifespan":
-            await _answer_lifespan(receive, send)
+            await self._live(receive, send)
         else:
             await send({"type": "websocket.close", "code": 1003})
 
     async def _answer_http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, headers = 200, self._headers
+        started = time.perf_counter()
+        exchange = _Exchange(scope, dict(scope["headers"]))
         try:
-            handler = self._find_handler(scope)
-            body = await handler(await self._read_body(receive))
+            answer = await self._answer(exchange, receive)
         except Refusal as refusal:
-            status, headers, body = refusal.status, headers + refusal.headers, _error_body(refusal.message)
+            self._count_refusal(refusal, exchange)
+            answer = _error(refusal.status, refusal.message, refusal.headers)
         except SpecError as error:
-            status, body = 400, _error_body(str(error))
+            answer = _error(400, _one_line(str(error)))
         except Exception:
             _logger.exception("bigray: a request failed")
-            status, body = 500, _error_body("internal error; the replica's log has the details")
-        length = (b"content-length", str(len(body)).encode())
-        await send({"type": "http.response.start", "status": status, "headers": (*headers, length)})
-        await send({"type": "http.response.body", "body": body})
+            answer = _error(500, "internal error; the replica's log has the details")
+        finally:
+            if exchange.is_model_route:
+                self._telemetry.ongoing(-1)
+        self._record(exchange, answer, time.perf_counter() - started)
+        await _send_answer(send, answer, exchange.answer_headers(self._store))
 
-    def _find_handler(self, scope: Scope) -> Handler:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        methods = self._routes.get(path)
-        if methods is None:
-            raise Refusal(404, f"{path}: no such route; GET / lists them")
-        handler = methods.get("GET" if scope["method"] == "HEAD" else scope["method"])
-        if handler is None:
-            allowed = ", ".join(methods)
-            raise Refusal(405, f"{path}: use {allowed}, not {scope['method']}", ((b"allow", allowed.encode()),))
-        return handler
+    async def _answer(self, exchange: _Exchange, receive: Receive) -> Answer:
+        route = self._router.find(exchange.path, exchange.method)
+        exchange.route = route.kind
+        if route.kind in MODEL_ROUTES:
+            exchange.is_model_route = True
+            self._telemetry.ongoing(1)
+        if route.scope != OPEN:
+            key = self._guard.authorize(exchange.headers, route.scope)
+            exchange.key_id = key.id if key is not None else ""
+        body = await self._read_body(exchange, receive)
+        request = Request(exchange.method, exchange.path, exchange.headers, body)
+        if route.handler is not None:
+            return await route.handler(request)
+        return await self._ask_model(exchange, route, request)
 
-    async def _read_body(self, receive: Receive) -> bytes:
-        chunks: list[bytes] = []
-        size, more = 0, True
+    async def _ask_model(self, exchange: _Exchange, route: Route, request: Request) -> Answer:
+        name = route.model
+        if name is not None and not self._store.is_loaded(name):
+            await self._store.load(name)
+        chosen = self._store.find(name, route.version, exchange.sticky())
+        chosen.batcher.check_room()  # before the body is decoded: refusing has to be cheap
+        question = route.decode(request, chosen)
+        exchange.rows = len(question.rows)
+        exchange.answered = chosen  # what fails from here on is this version's
+        predictions, exchange.answered = await self._store.predict(chosen, question.rows)
+        return question.encode(predictions, exchange.answered)
+
+    async def _read_body(self, exchange: _Exchange, receive: Receive) -> bytes:
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body", False):
+            try:
+                async with asyncio.timeout(self._limits.body_timeout_s):
+                    body = await self._read_rest(exchange, receive, body)
+            except TimeoutError:
+                raise Refusal(408, f"body: not complete within {self._limits.body_timeout_s:g} s", _CLOSE) from None
+        exchange.body_bytes = len(body)
+        if len(body) > self._limits.max_body_bytes:
+            raise self._too_large(len(body))
+        return body
+
+    async def _read_rest(self, exchange: _Exchange, receive: Receive, first: bytes) -> bytes:
+        announced = _content_length(exchange.headers)
+        if announced > max(DRAINED_BYTES, self._limits.max_body_bytes):
+            raise self._too_large(announced, _CLOSE)
+        chunks, size, more = [first], len(first), True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Refusal(400, "body: the connection ended in it", _CLOSE)
             chunk: bytes = message.get("body", b"")
             size += len(chunk)
-            # a body over the limit is read to its end but not kept: a client still sending cannot read an answer
-            if size <= self._max_body_bytes:
+            if size > max(DRAINED_BYTES, self._limits.max_body_bytes):
+                raise self._too_large(size, _CLOSE)
+            if size <= self._limits.max_body_bytes:
                 chunks.append(chunk)
             more = message.get("more_body", False)
-        if size > self._max_body_bytes:
-            limit_mb = self._max_body_bytes / 2**20
-            raise Refusal(413, f"body: {size / 2**20:.1f} MB is over the limit of {limit_mb:g} MB; send fewer rows")
+        if size > self._limits.max_body_bytes:
+            raise self._too_large(size)
         return b"".join(chunks)
 
-    def _build_routes(self, backend: str) -> Mapping[str, Mapping[str, Handler]]:
-        name = self._manifest.name
-        platform = {"onnxruntime": "onnxruntime_onnx", "torch": "pytorch"}[backend]
-        routes: dict[str, dict[str, Handler]] = {
-            "/predict": {"POST": self._predict},
-            "/openapi.json": {"GET": _constant(openapi_document(self._manifest, self._version))},
-            "/v2": {"GET": _constant({"name": "bigray", "version": "1", "extensions": []})},
-            "/v2/health/live": {"GET": _constant({"live": True})},
-            "/v2/health/ready": {"GET": _constant({"ready": True})},
-        }
-        model = _constant(protocol.describe_model(self._manifest, self._version, platform))
-        for prefix in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{self._version}"):
-            routes[prefix] = {"GET": model}
-            routes[f"{prefix}/ready"] = {"GET": _constant({"name": name, "ready": True})}
-            routes[f"{prefix}/infer"] = {"POST": self._infer}
-        listed = sorted(f"{method} {path}" for path, methods in routes.items() for method in methods)
-        routes["/"] = {"GET": _constant({"name": name, "version": self._version, "routes": listed})}
-        return routes
+    def _too_large(self, size: int, headers: Headers = ()) -> Refusal:
+        limit_mb = self._limits.max_body_bytes / 2**20
+        return Refusal(
+            413, f"body: {size / 2**20:.1f} MB is over the limit of {limit_mb:g} MB; send fewer rows", headers
+        )
 
-    async def _predict(self, body: bytes) -> bytes:
-        rows = protocol.decode_records(body, self._manifest.inputs)
-        predictions = await self._batcher.submit(rows)
-        return protocol.encode_records(predictions, self._manifest.name, self._version)
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """From the server's start to its end."""
+        ticking = asyncio.get_running_loop().create_task(self._keep_ticking())
+        while True:
+            message = await receive()
+            is_end = message["type"] == "lifespan.shutdown"
+            if is_end:
+                ticking.cancel()
+                if self._access_log is not None:
+                    await asyncio.to_thread(self._access_log.close)
+            await send({"type": f"{message['type']}.complete"})
+            if is_end:
+                return
 
-    async def _infer(self, body: bytes) -> bytes:
-        request = protocol.decode_infer(body, self._manifest)
-        predictions = await self._batcher.submit(request.rows)
-        return protocol.encode_infer(predictions, request, self._manifest.name, self._version)
+    async def _keep_ticking(self) -> None:
+        while True:
+            self._tick()
+            await asyncio.sleep(TICK_S)
+
+    def _count_refusal(self, refusal: Refusal, exchange: _Exchange) -> None:
+        if refusal.status == 503 and exchange.is_model_route:
+            self._telemetry.shed(self._store.view.live.name)
+        elif refusal.status in (401, 403, 408, 413, 429):
+            self._telemetry.refused(str(refusal.status))
+
+    def _record(self, exchange: _Exchange, answer: Answer, seconds: float) -> None:
+        model = exchange.answered
+        name, version = (model.name, model.version) if model is not None else ("", "")
+        self._telemetry.record(
+            name, version, exchange.route, answer.status, seconds, exchange.rows, exchange.body_bytes
+        )
+        if self._access_log is not None:
+            self._access_log.write(
+                id=exchange.request_id(),
+                method=exchange.method,
+                path=exchange.path,
+                status=answer.status,
+                seconds=seconds,
+                rows=exchange.rows,
+                body_bytes=exchange.body_bytes,
+                model=name,
+                version=version,
+                key_id=exchange.key_id,
+                client=exchange.client(),
+            )
 
 
-def _constant(document: dict[str, Any]) -> Handler:
-    answer = orjson.dumps(document)
+class _Exchange:
+    """What becomes known of one request on its way."""
 
-    async def handler(body: bytes) -> bytes:
-        return answer
+    __slots__ = (
+        "_id",
+        "answered",
+        "body_bytes",
+        "headers",
+        "is_model_route",
+        "key_id",
+        "method",
+        "path",
+        "route",
+        "rows",
+        "scope",
+    )
 
-    return handler
+    def __init__(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        self.scope, self.headers = scope, headers
+        self.method: str = scope["method"]
+        self.path: str = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        self.route, self.key_id, self.rows, self.body_bytes = "other", "", 0, 0
+        self.is_model_route = False
+        self.answered: LoadedModel | None = None
+        self._id = ""
+
+    def request_id(self) -> str:
+        """The caller's own where it is harmless to repeat, else one of ours."""
+        if not self._id:
+            given = self.headers.get(b"x-request-id", b"")[:LONGEST_ID].decode("ascii", "ignore")
+            self._id = given if given and given.isprintable() else os.urandom(ID_BYTES).hex()
+        return self._id
+
+    def sticky(self) -> str:
+        """What stays the same from one request of a caller to the next, where the caller says so.
+
+        Else each request is a caller of its own: behind a proxy all have one address, and one API key may stand for
+        all users of a service, so either would put the whole traffic on one side of a canary.
+        """
+        given = self.headers.get(b"x-bigray-key") or self.headers.get(b"x-forwarded-for")
+        return given.decode("latin-1") if given else self.request_id()
+
+    def client(self) -> str:
+        forwarded = self.headers.get(b"x-forwarded-for")
+        if forwarded:
+            return forwarded.decode("latin-1")
+        client = self.scope.get("client")
+        return str(client[0]) if client else ""
+
+    def answer_headers(self, store: ModelStore) -> Headers:
+        version = self.answered.version if self.answered is not None else store.view.live.version
+        return ((b"x-bigray-version", version.encode()), (b"x-request-id", self.request_id().encode()))
 
 
-def _error_body(message: str) -> bytes:
-    return orjson.dumps({"error": message})
+_CLOSE: Headers = ((b"connection", b"close"),)
 
 
-async def _answer_lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
+async def _send_answer(send: Send, answer: Answer, headers: Headers) -> None:
+    length = (b"content-length", str(len(answer.body)).encode())
+    sent = ((b"content-type", answer.content_type), length, *headers, *answer.headers)
+    await send({"type": "http.response.start", "status": answer.status, "headers": sent})
+    await send({"type": "http.response.body", "body": answer.body})
+
+
+def _error(status: int, message: str, headers: Headers = ()) -> Answer:
+    return Answer(orjson.dumps({"error": message}), status=status, headers=headers)
+
+
+def _one_line(message: str) -> str:
+    return "; ".join(message.splitlines())
+
+
+def _content_length(headers: Mapping[bytes, bytes]) -> int:
+    text = headers.get(b"content-length", b"")
+    return int(text) if text.isdigit() else 0

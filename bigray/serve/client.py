@@ -1,18 +1,21 @@
-"""Ask an endpoint: single requests for `bigray predict`, and whole tables in chunks to compare with offline answers."""
+"""Ask an endpoint: `bigray.Client`, and whole tables in chunks to compare with offline answers."""
 
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 import orjson
 import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
 
 from bigray.data.features import FeatureSchema, table_to_records
 from bigray.errors import DeployError, SpecError
@@ -22,72 +25,152 @@ TIMEOUT_S = 30.0
 ROWS_PER_REQUEST = 256
 BYTES_PER_REQUEST = 4_000_000
 """Half of what an endpoint takes by default (`max_body_mb: 8`)."""
+RETRY_AFTER_S = 0.2
+"""What is waited before the one retry, time enough for another replica to be chosen."""
+MOST_RETRY_AFTER_S = 5.0
 
 
-class Endpoint:
-    """One keep-alive connection to a deployed model."""
+@dataclass(frozen=True)
+class Response:
+    """An answer with status 200."""
 
-    def __init__(self, url: str, connection: http.client.HTTPConnection) -> None:
-        self._url, self._connection = url, connection
+    body: bytes
+    version: str
+    """The model version that made it (`x-bigray-version`)."""
+    request_id: str
+    headers: Mapping[str, str]
+    """Names in lower case."""
 
-    def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """`POST /predict`, in one request: one prediction for each record, in order."""
-        return self.predict_body(_body([_row(record) for record in records]))
 
-    def predict_body(self, body: bytes) -> list[dict[str, Any]]:
-        """`POST /predict` with records that are JSON already."""
-        predictions: list[dict[str, Any]] = self.request("POST", "/predict", body)["predictions"]
-        return predictions
+class Client:
+    """A keep-alive connection to a deployed model; for one thread at a time.
 
-    def request(self, method: str, path: str, body: bytes | None = None) -> Any:
-        """The parsed JSON answer.
+        with bigray.Client("http://127.0.0.1:8000", key="bgr_...") as client:
+            client.predict([{"x": 1.0}])
+
+    Predictions change nothing, so what fails by the connection or by a 5xx is asked once more, of whichever replica
+    answers then. Where the endpoint says when to come back (`Retry-After`), that is waited for, up to 5 s.
+    """
+
+    def __init__(self, url: str, *, key: str | None = None, timeout_s: float = TIMEOUT_S, retries: int = 1) -> None:
+        """`url` is the root of the endpoint; `key` is needed where it asks for one.
 
         Raises:
-            DeployError: nothing answers, the answer is not JSON, or it is an error, whose text is passed on.
+            SpecError: `url` is not an http or https address.
         """
-        target = urlsplit(self._url).path.rstrip("/") + path
+        self.url = url.rstrip("/")
+        self._parts = urlsplit(self.url)
+        self._connection = _connection(url, self._parts, timeout_s)
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._retries = retries
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def predict(self, records: Sequence[Mapping[str, Any]], *, sticky: str | None = None) -> list[dict[str, Any]]:
+        """`POST /predict`, in one request: one prediction for each record, in order.
+
+        Callers that send the same `sticky` text are on the same side of a canary.
+        """
+        return self.predict_body(_body([_row(record) for record in records]), sticky=sticky)
+
+    def predict_body(self, body: bytes, *, sticky: str | None = None) -> list[dict[str, Any]]:
+        """`POST /predict` with records that are JSON already."""
+        headers = {"x-bigray-key": sticky} if sticky else {}
+        predictions: list[dict[str, Any]] = self.request("POST", "/predict", body, headers)["predictions"]
+        return predictions
+
+    def predict_array(self, rows: ArrayLike) -> NDArray[np.float32]:
+        """(rows, *input_shape) -> probabilities (rows, classes) or values (rows,): binary both ways, the fast way."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(rows, dtype=np.float32), allow_pickle=False)
+        npy = {"content-type": "application/x-npy", "accept": "application/x-npy"}
+        answer = self.send("POST", "/predict", buffer.getvalue(), npy)
+        return np.load(io.BytesIO(answer.body), allow_pickle=False)  # type: ignore[no-any-return]
+
+    def predict_many(self, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One prediction for each record, in order, sent in as many requests as it takes."""
+        return [answer for body in request_bodies(records) for answer in self.predict_body(body)]
+
+    def predict_image(self, image: bytes | str | Path) -> dict[str, Any]:
+        """The prediction for one PNG or JPEG, given as bytes or as a file."""
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        kind = "image/png" if content.startswith(b"\x89PNG") else "image/jpeg"
+        prediction: dict[str, Any] = self.request("POST", "/predict", content, {"content-type": kind})["predictions"][0]
+        return prediction
+
+    def card(self) -> dict[str, Any]:
+        """The live version's model card: metrics, data, lineage, schema."""
+        card: dict[str, Any] = self.request("GET", "/card")
+        return card
+
+    def stats(self) -> dict[str, Any]:
+        """Rates, latencies and versions, of each replica and of all."""
+        stats: dict[str, Any] = self.request("GET", "/stats")
+        return stats
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        """The parsed JSON answer; raises as `send` does, and where the answer is not JSON."""
+        answer = self.send(method, path, body, {"content-type": "application/json", **(headers or {})})
+        return self._parsed(answer.body, path, 200)
+
+    def send(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """The answer as it came.
+
+        Raises:
+            DeployError: nothing answers, or it is an error, whose text is passed on.
+        """
+        for attempt in range(self._retries + 1):
+            is_last = attempt == self._retries
+            try:
+                status, answer = self._exchange(method, path, body, headers or {})
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                if is_last:
+                    raise DeployError(f"{self.url}: no answer: {error}") from error
+                time.sleep(RETRY_AFTER_S)
+                continue
+            if status == 200:
+                return answer
+            if status < 500 or is_last:
+                raise DeployError(f"{self.url}{path}: answered {status}: {self._error_text(answer.body, path, status)}")
+            time.sleep(_wait_s(answer.headers))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> tuple[int, Response]:
+        self._connection.request(method, self._parts.path + path, body, {**self._headers, **headers})
+        answer = self._connection.getresponse()
+        content = answer.read()
+        found = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, Response(content, found.get("x-bigray-version", ""), found.get("x-request-id", ""), found)
+
+    def _error_text(self, content: bytes, path: str, status: int) -> Any:
+        document = self._parsed(content, path, status)
+        return document.get("error", document) if isinstance(document, dict) else document
+
+    def _parsed(self, content: bytes, path: str, status: int) -> Any:
         try:
-            self._connection.request(method, target, body, {"content-type": "application/json"} if body else {})
-            answer = self._connection.getresponse()
-            content = answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise DeployError(f"{self._url}: no answer: {error}") from error
-        try:
-            document = json.loads(content)
+            return json.loads(content)
         except ValueError:
             start = content[:80].decode(errors="replace")
-            raise DeployError(
-                f"{self._url}{path}: answered {answer.status} with something else than JSON: {start}"
-            ) from None
-        if answer.status != 200:
-            text = document.get("error", document) if isinstance(document, dict) else document
-            raise DeployError(f"{self._url}{path}: answered {answer.status}: {text}")
-        return document
-
-
-@contextmanager
-def open_endpoint(url: str) -> Iterator[Endpoint]:
-    """Connect to the root of an endpoint, such as `http://127.0.0.1:8000`."""
-    parts = urlsplit(url)
-    connection = _connection(url, parts)
-    try:
-        yield Endpoint(url.rstrip("/"), connection)
-    finally:
-        connection.close()
+            raise DeployError(f"{self.url}{path}: answered {status} with something else than JSON: {start}") from None
 
 
 def fetch_json(url: str) -> Any:
     """`GET` one address."""
     parts = urlsplit(url)
-    root = f"{parts.scheme}://{parts.netloc}"
-    with open_endpoint(root) as endpoint:
-        return endpoint.request("GET", parts.path or "/")
-
-
-def predict_records(url: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One prediction for each record, in order, sent in chunks."""
-    with open_endpoint(url) as endpoint:
-        return [answer for body in request_bodies(records) for answer in endpoint.predict_body(body)]
+    with Client(f"{parts.scheme}://{parts.netloc}") as client:
+        return client.request("GET", parts.path or "/")
 
 
 def request_bodies(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
@@ -112,19 +195,21 @@ def _body(rows: Sequence[bytes]) -> bytes:
     return b'{"records":[' + b",".join(rows) + b"]}"
 
 
-def predict_file(url: str, path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+def predict_file(url: str, path: str | Path, limit: int | None = None, key: str | None = None) -> list[dict[str, Any]]:
     """Predictions for the first `limit` rows of a file: JSON records, Parquet, CSV or Arrow.
 
     Raises:
         SpecError: the file cannot be read as its suffix says.
         DeployError: the endpoint does not answer, or refuses the rows.
     """
-    return predict_records(url, read_records(path)[:limit])
+    with Client(url, key=key) as client:
+        return client.predict_many(read_records(path)[:limit])
 
 
-def predict_table(url: str, table: pa.Table, schema: FeatureSchema) -> Predictions:
+def predict_table(url: str, table: pa.Table, schema: FeatureSchema, key: str | None = None) -> Predictions:
     """What the endpoint says about every row of a table, as `Predictor.run_table` returns it offline."""
-    answers = predict_records(url, table_to_records(table, [column.name for column in schema.columns]))
+    with Client(url, key=key) as client:
+        answers = client.predict_many(table_to_records(table, [column.name for column in schema.columns]))
     if answers and "value" in answers[0]:
         values = np.asarray([answer["value"] for answer in answers], dtype=np.float32)
         return Predictions(labels=None, probabilities=None, values=values)
@@ -174,7 +259,12 @@ def _read_arrow(file: Path) -> list[dict[str, Any]]:
         return table_to_records(reader.read_all())
 
 
-def _connection(url: str, parts: SplitResult) -> http.client.HTTPConnection:
+def _wait_s(headers: Mapping[str, str]) -> float:
+    text = headers.get("retry-after", "")
+    return min(float(text), MOST_RETRY_AFTER_S) if text.isdigit() else RETRY_AFTER_S
+
+
+def _connection(url: str, parts: SplitResult, timeout_s: float) -> http.client.HTTPConnection:
     kinds: dict[str, type[http.client.HTTPConnection]] = {
         "http": http.client.HTTPConnection,
         "https": http.client.HTTPSConnection,
@@ -182,6 +272,6 @@ def _connection(url: str, parts: SplitResult) -> http.client.HTTPConnection:
     if parts.scheme not in kinds or not parts.hostname:
         raise SpecError(f"{url}: expected the address of an endpoint, such as http://127.0.0.1:8000")
     try:
-        return kinds[parts.scheme](parts.hostname, parts.port, timeout=TIMEOUT_S)
+        return kinds[parts.scheme](parts.hostname, parts.port, timeout=timeout_s)
     except ValueError as error:
         raise SpecError(f"{url}: {error}") from None

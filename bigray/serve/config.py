@@ -16,9 +16,12 @@ from bigray.cluster.plan import ServeNeeds
 from bigray.errors import SpecError
 from bigray.loading import validate_document
 from bigray.presets import find_preset
+from bigray.serve.scaling.settings import ScalingSettings, read_settings
 
 IMPORT_PATH = "bigray.serve.app:build"
 DEPLOYMENT = "Model"
+SCALING_POLICY = "bigray.serve.scaling.policy:ArrivalPolicy"
+GRPC_SERVICE = "bigray.serve.wire.grpc_service.add_inference_service"
 
 JsonObject = dict[str, Any]
 
@@ -27,19 +30,59 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class ModelEntry(_Section):
+    """A further model behind the same endpoint, loaded when it is first asked for."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    """In `/v2/models/{name}`."""
+    bundle: str
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    """Of this model; the endpoint's where it is not given."""
+
+
 class BundleArgs(_Section):
     """The `args:` of the application, which Ray hands to `bigray.serve.app:build`."""
 
     bundle: str
     """Folder or URI of the bundle; `bigray deploy RUN` puts the run's own here."""
     max_batch_size: int = Field(default=64, ge=1)
-    """Rows the model takes at once; a larger request runs by itself."""
-    num_threads: int = Field(default=1, ge=1)
-    """Threads of the model in each replica."""
+    """Rows the model takes at once, at most; a larger request runs by itself."""
+    slo_ms: float | None = Field(default=None, gt=0)
+    """What an answer may take. Caps the batch by measured latency, and a slower version is refused by the gate."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """Threads of the model in each replica; the replica's CPUs where it is not given."""
     max_body_mb: float = Field(default=8, gt=0)
     """Requests with a larger body are refused with 413."""
+    body_timeout_s: float = Field(default=10, gt=0)
+    """A body that takes longer to come in is refused with 408."""
+    request_timeout_s: float = Field(default=30, gt=0)
+    """An answer that takes the model longer is a 504."""
+    max_queue_s: float = Field(default=1, gt=0)
+    """Work of the model, in seconds, that may wait; beyond it requests are refused with 503 and Retry-After."""
+    max_queued_requests: int = Field(default=1024, ge=1)
+    """Requests that may wait, however quick the model."""
     allow_factories: tuple[str, ...] = ("bigray.models:*",)
     """Factories whose code may run where the bundle has no `model.onnx`; patterns such as `my_project.*`."""
+    keys: str | None = None
+    """File of API keys (`bigray keys add`); without it whoever reaches the endpoint may ask."""
+    open: bool = False
+    """Whether anybody may ask an endpoint that other machines can reach; `bigray deploy --open` sets it."""
+    access_log: str | None = None
+    """File on each node for a line of JSON a request."""
+    swap: Literal["auto", "in_place", "surge"] = "auto"
+    """How a new version comes in: beside the old one in each replica, or in replicas of its own beside the old ones;
+    `auto` decides by the memory that is free."""
+    models: tuple[ModelEntry, ...] = ()
+    """Further models."""
+    models_memory_mb: float | None = Field(default=None, gt=0)
+    """Bundles of further models held at once; the least recently asked is let go first."""
+
+    @model_validator(mode="after")
+    def _models_have_names_of_their_own(self) -> BundleArgs:
+        names = [entry.name for entry in self.models]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"models: '{min(twice)}' is there twice")
+        return self
 
 
 class AutoscalingSection(_Section):
@@ -163,6 +206,17 @@ class HttpSection(_Section):
     ssl_ca_certs: str | None = None
 
 
+class GrpcSection(_Section):
+    """Where gRPC inference listens; without this section there is none."""
+
+    port: int = Field(default=9000, ge=1, le=65535)
+    request_timeout_s: float | None = Field(default=None, gt=0)
+
+    def to_native(self) -> JsonObject:
+        """As Ray reads it, with the services it is to offer."""
+        return self.model_dump(mode="json", exclude_none=True) | {"grpc_servicer_functions": [GRPC_SERVICE]}
+
+
 class ControllerSection(_Section):
     """Environment variables of Serve's own processes; they go before bigray's."""
 
@@ -174,7 +228,7 @@ class ServeSpec(_Section):
 
     proxy_location: Literal["EveryNode", "HeadOnly"] = "EveryNode"
     http_options: HttpSection = HttpSection()
-    grpc_options: JsonObject | None = None
+    grpc_options: GrpcSection | None = None
     controller_options: ControllerSection = ControllerSection()
     logging_config: JsonObject | None = None
     tracing_config: JsonObject | None = None
@@ -195,20 +249,51 @@ class ServeSpec(_Section):
 
     def with_bundle(self, location: str) -> ServeSpec:
         """The same file serving another bundle."""
+        return self.with_args(bundle=location)
+
+    def with_args(self, **changes: Any) -> ServeSpec:
+        """The same file with other keys of its `args`."""
         application = self.application
-        args = application.args.model_copy(update={"bundle": location})
+        args = application.args.model_copy(update=changes)
         return self.model_copy(update={"applications": (application.model_copy(update={"args": args}),)})
 
     def with_port(self, port: int) -> ServeSpec:
         """The same file listening on another port."""
         return self.model_copy(update={"http_options": self.http_options.model_copy(update={"port": port})})
 
+    def scaling_settings(self, place: str) -> ScalingSettings:
+        """What bigray's autoscaling policy is asked for; `place` names the file in messages.
+
+        Raises:
+            SpecError: the file has no autoscaling, or by another policy.
+        """
+        scaling = self.deployment.autoscaling_config
+        policy = (scaling.policy or {}) if scaling is not None else {}
+        if scaling is None or policy.get("policy_function") != SCALING_POLICY:
+            raise SpecError(f"{place}: autoscaling_config: has no policy '{SCALING_POLICY}'; see serve/autoscale.yaml")
+        return read_settings(
+            policy.get("policy_kwargs", {}),
+            min_replicas=scaling.min_replicas,
+            max_replicas=scaling.max_replicas,
+            place=f"{place}: policy_kwargs",
+        )
+
     def to_native(self) -> JsonObject:
-        """The file as Ray reads it: what was not written is left to Ray, except where it listens."""
+        """The file as Ray reads it: what was not written is left to Ray, except where it listens and how it changes."""
         document = self.model_dump(mode="json", exclude_unset=True)
         document["http_options"] = {"host": self.http_options.host, "port": self.http_options.port} | document.get(
             "http_options", {}
         )
+        if self.grpc_options is not None:
+            document["grpc_options"] = self.grpc_options.to_native()
+        document["applications"] = [self.application_document()]
+        return document
+
+    def application_document(self) -> JsonObject:
+        """The application as Ray reads it; replicas go once those that replace them answer, if not said otherwise."""
+        document = self.application.model_dump(mode="json", exclude_unset=True)
+        deployments = document.get("deployments") or [{"name": DEPLOYMENT}]
+        document["deployments"] = [{"max_surge_percent": 100} | deployment for deployment in deployments]
         return document
 
 

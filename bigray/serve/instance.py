@@ -61,6 +61,7 @@ def start_serve(spec: ServeSpec) -> ServeControllerClient:
         serve.start(
             proxy_location=spec.proxy_location,
             http_options=native["http_options"],
+            grpc_options=native.get("grpc_options"),
             controller_options={"runtime_env": {"env_vars": controller_environment(spec, port)}},
         )
     except (TimeoutError, RayError) as error:

@@ -1,35 +1,70 @@
-"""The Serve deployment: one bundle loaded in one process (replica)."""
+"""The Serve deployment: what one process of an endpoint is made of (replica)."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Mapping
+
+import ray
 from ray import serve
 
-from bigray.bundle import ModelBundle
-from bigray.inference import Predictor
 from bigray.serve.asgi import ModelApp
-from bigray.serve.batching import Batcher, is_slow
+from bigray.serve.assembly import assemble
 from bigray.serve.config import BundleArgs
+from bigray.serve.grpc_backend import GrpcBackend
+from bigray.serve.release.registry import Registry
+from bigray.serve.steward import Identity, Steward
+from bigray.serve.wire.grpc_service import InferenceMethods
 
 
 @serve.deployment(
     name="Model",
-    # requests gather into batches in the replica, so it must be handed more of them than one batch holds
-    max_ongoing_requests=256,
-    # one log line a request costs as much as the prediction
+    # slow clients hold a place each while their body comes in; what may wait for the model is bounded by bigray's queue
+    max_ongoing_requests=10_000,
+    # one log line a request costs as much as the prediction; bigray writes its own, if asked to
     logging_config={"enable_access_log": False, "log_level": "WARNING"},
 )
 @serve.ingress()
-class Model:
-    """Loads and verifies the bundle when the replica starts; Serve then hands HTTP requests to `ModelApp`."""
+class Model(InferenceMethods):
+    """Loads the channel's live version when the replica starts; Serve then hands requests to `ModelApp`."""
 
     def __init__(self, args: BundleArgs) -> None:
-        bundle = ModelBundle.load(args.bundle)
-        predictor = Predictor(bundle, num_threads=args.num_threads, allow_factories=args.allow_factories)
-        example = bundle.manifest.inputs.from_records([bundle.manifest.example])
-        batcher = Batcher(
-            predictor.run, args.max_batch_size, use_thread=is_slow(predictor.run, example, args.max_batch_size)
+        context = serve.get_replica_context()
+        registry = Registry(context.app_name, args.bundle)
+        state = registry.read()
+        bundle = state.live.bundle if state is not None else args.bundle
+        num_cpus = _num_cpus()
+        self._endpoint = assemble(
+            bundle,
+            args,
+            num_threads=args.num_threads if args.num_threads is not None else max(1, int(num_cpus)),
+            num_cpus=num_cpus,
+            replica=context.replica_tag,
+            reports=registry.reports,
         )
-        self._app = ModelApp(bundle, predictor.backend, batcher, int(args.max_body_mb * 2**20))
+        self._grpc_backend = GrpcBackend(self._endpoint)
+        identity = Identity(context.replica_tag, ray.get_runtime_context().get_node_id(), os.getpid())
+        self._steward = Steward(
+            registry,
+            self._endpoint.store,
+            self._endpoint.load,
+            identity=identity,
+            telemetry=self._endpoint.telemetry,
+            guard=self._endpoint.guard,
+        )
+        if state is not None:
+            self._steward.step(time.monotonic())  # a replica that starts during a canary takes part in it
+        self._steward.start()
 
     def __serve_build_asgi_app__(self) -> ModelApp:
-        return self._app
+        return self._endpoint.app
+
+    async def record_autoscaling_stats(self) -> Mapping[str, float]:
+        """What `ArrivalPolicy` decides by; Serve asks several times a second."""
+        load = self._endpoint.telemetry.load(time.monotonic())
+        return {f"bigray_{name}": float(value) for name, value in load.items()}  # type: ignore[arg-type]
+
+
+def _num_cpus() -> float:
+    return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)) or 1.0

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigray.bundle import ModelBundle
-from bigray.errors import DeployError
+from bigray.errors import ClusterError, DeployError
 from bigray.inference import check_factory
-from bigray.serve.client import fetch_json, predict_records
+from bigray.serve.channels import Applied, channel_of, running_replicas
+from bigray.serve.client import Client, fetch_json
 from bigray.serve.config import ServeSpec
 from bigray.serve.failures import first_error_line
 from bigray.serve.ingress import free_port
 from bigray.serve.instance import controller_environment, root_url, running_client, shutdown, start_serve
+from bigray.serve.protect.exposure import check_exposure
+from bigray.serve.release.gate import GateReport, GateSettings, run_gate
+from bigray.serve.release.record import ChannelState, Release, ReplicaReport
+from bigray.serve.rollout import Channel, Mode, Watch
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
 
-__all__ = ["Deployment", "EndpointStatus", "delete", "deploy", "resolved_config", "shutdown", "status"]
+__all__ = [
+    "Deployment",
+    "EndpointStatus",
+    "delete",
+    "deploy",
+    "known_versions",
+    "resolved_config",
+    "rollback",
+    "shutdown",
+    "status",
+    "versions",
+]
 
 POLL_S = 0.1
+"""How often Serve is asked how far it is."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +54,13 @@ class Deployment:
     """The bundle's version: the first 12 hex digits of the weights' SHA-256."""
     url: str
     """Root of its routes, without a slash at the end."""
+    why: str = ""
+    """What was decided about this version, in one line."""
 
-    def predict(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def predict(self, records: Sequence[Mapping[str, Any]], *, key: str | None = None) -> list[dict[str, Any]]:
         """Ask the endpoint over HTTP: one prediction for each record, in order."""
-        return predict_records(self.url, records)
+        with Client(self.url, key=key) as client:
+            return client.predict(records)
 
 
 @dataclass(frozen=True)
@@ -55,31 +74,100 @@ class EndpointStatus:
     replicas_running: int
     replicas_target: int
     bundle: str
+    """Of the live version."""
     message: str
     """What is wrong, in one line; empty when all is well."""
+    version: str = ""
+    """The live one; empty where bigray knows of none."""
+    rollout: str = ""
+    """A candidate that is under way: `canary 10% of 0123456789ab`."""
 
 
-def deploy(bundle: str, spec: ServeSpec, *, timeout_s: float = 90.0) -> Deployment:
+@dataclass(frozen=True)
+class DeployWatch:
+    """Whom to tell how far a deployment is; each may be called many times."""
+
+    on_check: Callable[[str, str], None] = lambda name, state: None
+    """A check of the gate: its name, and `running`, `passed`, `failed`, `forced` or `skipped`."""
+    on_gate: Callable[[GateReport], None] = lambda report: None
+    """The gate has let the version through."""
+    on_progress: Watch = lambda progress: None
+    """A version is loaded, watched or switched to."""
+
+
+def deploy(
+    bundle: str,
+    spec: ServeSpec,
+    *,
+    mode: Mode | None = None,
+    force: bool = False,
+    is_open: bool = False,
+    timeout_s: float = 90.0,
+    watch: DeployWatch | None = None,
+) -> Deployment:
     """Serve a bundle as the file says, beside what the cluster serves already; returns when it answers over HTTP.
 
-    An application of the same name is replaced; where that fails, what served before is put back.
+    The gate comes first: a bundle that fails it gets no traffic. Where an application of this name serves already, the
+    new version is loaded beside the old one in each replica and takes over at once, or by way of a canary or a shadow
+    (`mode`). Where any of that fails, what served before goes on.
 
     Raises:
+        SpecError: it would be reachable from other machines without a key.
         CorruptFile: a file of the bundle differs from its manifest; nothing has been started.
         StorageError: there is no bundle at this location.
-        DeployError: the port is taken, or no replica came up in time; the message is the replica's own first error.
+        DeployError: the gate refused it, the port is taken, or no replica came up in time.
     """
-    loaded = ModelBundle.load(bundle)
-    check_factory(loaded, spec.application.args.allow_factories)
-    client = start_serve(spec)
-    spec = spec.with_port(client.http_config.port).with_bundle(absolute_location(bundle))
-    url = _public_url(client, spec)
+    watch, args = watch or DeployWatch(), spec.application.args
+    check_exposure(spec.http_options.host, args.keys is not None, is_open or args.open)
+    if is_open:
+        spec = spec.with_args(open=True)
+    location = absolute_location(bundle)
+    check_factory(ModelBundle.load(location), args.allow_factories)
     name = spec.application.name
-    deadline = time.monotonic() + timeout_s
-    with _applied(client, spec):
-        _wait_until_running(client, name, deadline)
-        _wait_until_answering(name, url, loaded.version, deadline)
-    return Deployment(name, loaded.manifest.name, loaded.version, url)
+    state = _state_of(name)
+    if state is None and mode is not None and mode.kind != "load":
+        raise DeployError(f"application '{name}': nothing is live yet that a {mode.kind} could be compared with")
+    gate = run_gate(location, None if state is None else state.live.bundle, _gate_settings(spec, force), watch.on_check)
+    watch.on_gate(gate)
+    release = Release(version=gate.version, bundle=location)
+    client = start_serve(spec)
+    spec = spec.with_port(client.http_config.port)
+    change = _Change(client, spec, release, gate, timeout_s)
+    why = change.begin() if state is None else change.replace(state, mode or Mode(), watch.on_progress)
+    live = _state_of(name)
+    return Deployment(name, gate.model, live.live.version if live else release.version, change.url, why)
+
+
+def rollback(name: str, *, why: str = "asked for", timeout_s: float = 90.0, watch: Watch | None = None) -> ChannelState:
+    """Return to the version before, or end a rollout that is under way; returns when every replica has switched.
+
+    Raises:
+        DeployError: no such application, or there is no version to go back to.
+    """
+    return _known_channel(name).go_back(why, timeout_s, watch or DeployWatch().on_progress)
+
+
+def versions(name: str) -> tuple[ChannelState, tuple[ReplicaReport, ...]]:
+    """Who serves, who served when, and what each replica holds.
+
+    Raises:
+        DeployError: no such application, or it was deployed without bigray.
+    """
+    channel = _known_channel(name)
+    state = channel.state()
+    assert state is not None, "a known channel has a state"
+    return state, channel.reports()
+
+
+def known_versions() -> dict[str, str]:
+    """Version -> bundle location, of what the applications of this cluster serve or served before."""
+    known: dict[str, str] = {}
+    for name in _application_names():
+        state = _state_of(name)
+        rollout = state.rollout if state is not None else None
+        releases = (state.live, state.previous, rollout.release if rollout else None) if state is not None else ()
+        known |= {release.version: release.bundle for release in releases if release is not None}
+    return known
 
 
 def resolved_config(bundle: str, spec: ServeSpec) -> dict[str, Any]:
@@ -107,11 +195,13 @@ def delete(name: str) -> None:
         DeployError: no application has this name.
     """
     client = running_client()
-    names = [] if client is None else [row.name for row in status()]
+    names = _application_names()
     if client is None or name not in names:
-        known = f"; there are: {', '.join(names)}" if names else "; nothing is served on this cluster"
-        raise DeployError(f"no application named '{name}'{known}")
+        raise _unknown(name, names)
+    channel = channel_of(client, name)
     client.delete_apps([name])
+    if channel is not None:
+        channel.forget()
     if names == [name]:
         shutdown()
 
@@ -121,46 +211,136 @@ def absolute_location(bundle: str) -> str:
     return bundle if "://" in bundle else str(Path(bundle).expanduser().absolute())
 
 
-@contextmanager
-def _applied(client: ServeControllerClient, spec: ServeSpec) -> Iterator[None]:
-    """Hand the application in; whatever goes wrong inside, Ctrl-C included, it is what it was again, or gone."""
-    name = spec.application.name
-    earlier = _deployed_configs(client).get(name)
-    _apply(client, spec)
-    try:
-        yield
-    except BaseException:
-        if earlier is None:
-            client.delete_apps([name], blocking=False)
-        else:
-            _apply(client, spec, earlier)
-        raise
+@dataclass(frozen=True)
+class _Change:
+    """One deployment under way: Serve's application and the channel's state are brought to where the file says."""
+
+    client: ServeControllerClient
+    spec: ServeSpec
+    release: Release
+    gate: GateReport
+    timeout_s: float
+
+    @property
+    def url(self) -> str:
+        return _public_url(self.client, self.spec)
+
+    @property
+    def why(self) -> str:
+        forced = f"forced past: {', '.join(self.gate.forced)}" if self.gate.forced else ""
+        return forced or f"the gate's {len(self.gate.checks)} checks passed"
+
+    def begin(self) -> str:
+        """The first version of an application."""
+        name = self.spec.application.name
+        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle))
+        applied.channel.begin(self.release, self.why)  # before its replicas look for it
+        with applied:
+            self._wait_until_up(name, self.release.version)
+        return self.why
+
+    def replace(self, state: ChannelState, mode: Mode, watch: Watch) -> str:
+        """Another version, where one is live."""
+        if state.live.version == self.release.version:
+            self._apply_options()
+            return "this version was live already; the file's settings are applied"
+        if self._needs_surge(state):
+            return self._surge(state)
+        self._apply_options()
+        channel = channel_of(self.client, self.spec.application.name)
+        assert channel is not None, "an application with a state has a channel"
+        return channel.bring_in(
+            self.release, mode, why=self.why, is_forced=bool(self.gate.forced), timeout_s=self.timeout_s, watch=watch
+        )
+
+    def _apply_options(self) -> None:
+        """What the file says beside the bundle, where it has changed; Serve replaces the replicas if it has to."""
+        deployed = Applied.deployed(self.client)[self.spec.application.name]
+        with Applied(self.client, self.spec.with_bundle(deployed["args"]["bundle"])):
+            state = _state_of(self.spec.application.name)
+            self._wait_until_up(self.spec.application.name, state.live.version if state else self.release.version)
+
+    def _needs_surge(self, state: ChannelState) -> bool:
+        swap = self.spec.application.args.swap
+        if swap != "auto":
+            return swap == "surge"
+        return not fits_in_place(state.live.bundle, self.release.bundle, self.spec)
+
+    def _surge(self, state: ChannelState) -> str:
+        """Replicas of the new version beside those of the old one; Serve ends the old ones once the new ones answer."""
+        name = self.spec.application.name
+        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle))
+        applied.channel.succeed(state, self.release, self.why, is_forced=bool(self.gate.forced))
+        with applied:
+            self._wait_until_up(name, self.release.version)
+        return f"{self.why}; in replicas of its own, since memory does not hold both versions"
+
+    def _wait_until_up(self, name: str, version: str) -> None:
+        deadline = time.monotonic() + self.timeout_s
+        _wait_until_running(self.client, name, deadline)
+        _wait_until_answering(name, self.url, version, deadline)
 
 
-def _deployed_configs(client: ServeControllerClient) -> dict[str, dict[str, Any]]:
-    """The config of each application, by name; those deployed from Python rather than from a file have none."""
-    applications = client.get_serve_details()["applications"]
-    configs = {name: details.get("deployed_app_config") for name, details in applications.items()}
-    return {name: config for name, config in configs.items() if config}
+def fits_in_place(live: str, candidate: str, spec: ServeSpec) -> bool:
+    """Whether a replica can hold the live version, the candidate and the one before at once.
 
-
-def _apply(client: ServeControllerClient, spec: ServeSpec, application: dict[str, Any] | None = None) -> None:
-    """The same step as `serve deploy`, which replaces everything served; so what runs already is handed in again.
-
-    `application` is the config to serve instead of the file's own.
+    A model takes about three times its files in memory. It is compared with what the file gives a replica (`memory`),
+    else with half of the smallest node.
     """
-    from ray.serve.schema import ServeDeploySchema
+    import ray
 
-    document = spec.to_native()
-    document.pop("controller_options", None)
-    others = [config for name, config in _deployed_configs(client).items() if name != spec.application.name]
-    own = document["applications"] if application is None else [application]
-    document["applications"] = [*others, *own]
+    needed = 3 * (_bundle_bytes(candidate) + 2 * _bundle_bytes(live))
+    memory = spec.deployment.ray_actor_options.memory
+    nodes = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    allowed = memory if memory else 0.5 * min((size for size in nodes if size), default=float("inf"))
+    return needed <= allowed
+
+
+def _bundle_bytes(location: str) -> int:
     try:
-        config = ServeDeploySchema.model_validate(document)
-    except ValueError as error:
-        raise DeployError(f"Ray refuses the serve file: {first_error_line(str(error))}") from error
-    client.deploy_apps(config)
+        bundle = ModelBundle.load(location)
+    except Exception:  # the live version's folder may be gone; its weights are in memory, and no larger than others
+        return 0
+    return len(bundle.weights) + len(bundle.onnx or b"")
+
+
+def _gate_settings(spec: ServeSpec, force: bool) -> GateSettings:
+    args = spec.application.args
+    memory = spec.deployment.ray_actor_options.memory
+    return GateSettings(
+        allow_factories=args.allow_factories,
+        num_threads=args.num_threads or max(1, int(spec.deployment.ray_actor_options.num_cpus)),
+        slo_ms=args.slo_ms,
+        memory_mb=None if memory is None else int(memory / 2**20),
+        force=force,
+    )
+
+
+def _state_of(name: str) -> ChannelState | None:
+    """What an application serves; None where Serve runs no such one, or bigray knows nothing of it."""
+    client = running_client()
+    channel = None if client is None else channel_of(client, name)
+    return None if channel is None else channel.state()
+
+
+def _known_channel(name: str) -> Channel:
+    client = running_client()
+    channel = None if client is None else channel_of(client, name)
+    if channel is None:
+        raise _unknown(name, _application_names())
+    if channel.state() is None:
+        raise DeployError(f"application '{name}': it has not reported yet, or was deployed without bigray")
+    return channel
+
+
+def _application_names() -> list[str]:
+    client = running_client()
+    return [] if client is None else list(client.get_serve_details()["applications"])
+
+
+def _unknown(name: str, names: Sequence[str]) -> DeployError:
+    known = f"; there are: {', '.join(names)}" if names else "; nothing is served on this cluster"
+    return DeployError(f"no application named '{name}'{known}")
 
 
 def _wait_until_running(client: ServeControllerClient, name: str, deadline: float) -> None:
@@ -182,8 +362,7 @@ def _wait_until_answering(name: str, url: str, version: str, deadline: float) ->
     """Over real HTTP, and with this version: after a replacement the old replicas answer for a moment."""
     while True:
         try:
-            fetch_json(f"{url}/v2/health/ready")
-            found = fetch_json(f"{url}/")["version"]
+            found = fetch_version(url)
             if found == version:
                 return
             problem = f"{url} still serves version {found}, not {version}"
@@ -194,19 +373,38 @@ def _wait_until_answering(name: str, url: str, version: str, deadline: float) ->
         time.sleep(POLL_S)
 
 
+def fetch_version(url: str) -> str:
+    """The version that answers at an endpoint; needs no key."""
+    version: str = fetch_json(f"{url}/")["version"]
+    return version
+
+
 def _describe(application: dict[str, Any], root: str) -> EndpointStatus:
     deployments = application["deployments"].values()
-    replicas = [replica for deployment in deployments for replica in deployment["replicas"]]
     config = application.get("deployed_app_config") or {}
+    try:
+        state = _state_of(application["name"])
+    except (ClusterError, DeployError):
+        state = None  # what Serve knows is told all the same
     return EndpointStatus(
         name=application["name"],
         url=root + (application["route_prefix"] or "").rstrip("/"),
         state=_word(application["status"]),
-        replicas_running=sum(replica["state"] == "RUNNING" for replica in replicas),
+        replicas_running=len(running_replicas(application)),
         replicas_target=sum(deployment["target_num_replicas"] for deployment in deployments),
-        bundle=config.get("args", {}).get("bundle", ""),
+        bundle=state.live.bundle if state is not None else config.get("args", {}).get("bundle", ""),
         message=first_error_line(_message(application)),
+        version=state.live.version if state is not None else "",
+        rollout=_describe_rollout(state),
     )
+
+
+def _describe_rollout(state: ChannelState | None) -> str:
+    if state is None or state.rollout is None:
+        return ""
+    rollout = state.rollout
+    share = f" {rollout.share:.0%}" if rollout.kind == "canary" else ""
+    return f"{rollout.kind}{share} of {rollout.release.version}"
 
 
 def _word(state: Any) -> str:

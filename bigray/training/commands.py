@@ -87,6 +87,8 @@ class ExportBundle:
     manifest: BundleManifest
     stack: str | None = None
     """As for `TrainTo`."""
+    holdout: bytes | None = None
+    """The sealed rows as they go into the bundle: workers have no others of them."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigray.bundle import BundleManifest, save_bundle
+from bigray.bundle import GOLDEN_ROWS, BundleManifest, Golden, ModelCard, OutputSchema, save_bundle
+from bigray.data.dataset import Targets
+from bigray.data.preprocessing import Preprocessing
 from bigray.errors import StorageError
 from bigray.models import build_model
 from bigray.paths import BUNDLE, RunPaths
@@ -25,12 +27,27 @@ from bigray.training.tensor_files import pack_tensors
 CHECKED_ROWS = 256
 TOLERANCE = 1e-4
 """Largest accepted |onnx - torch|, relative to the largest |output|."""
+EVALUATION_ROWS = 1024
+"""Most rows of one forward pass over the validation rows; bounds memory."""
+MOST_CLASSES = 100
+"""With more, the confusion matrix is left out: nobody reads it, and it grows with the square."""
 
 
-def export_bundle(paths: RunPaths, trial: TrialSpec, manifest: BundleManifest, sample: NDArray[np.float32]) -> Exported:
+def export_bundle(
+    paths: RunPaths,
+    trial: TrialSpec,
+    manifest: BundleManifest,
+    sample: NDArray[np.float32],
+    *,
+    targets: Targets | None = None,
+    holdout: bytes | None = None,
+    on_progress: Callable[[], object] = lambda: None,
+) -> Exported:
     """Write `bundle/` from the trial's best weights.
 
-    `sample` holds standardised rows (rows, *input_shape) on which the ONNX export must agree with the module.
+    `sample` holds the standardised validation rows (rows, *input_shape): on the first the ONNX export must agree with
+    the module, some become the golden answers, and with `targets` all are counted in the confusion matrix. `holdout`
+    goes in as it is. `on_progress` is called between forward passes.
     """
     checkpoint = load_checkpoint(paths, trial, warn=logging.getLogger(__name__).warning)
     if checkpoint is None:
@@ -46,8 +63,54 @@ def export_bundle(paths: RunPaths, trial: TrialSpec, manifest: BundleManifest, s
     )
     module.load_state_dict(weights)
     onnx, why_no_onnx = _export_onnx(module.eval(), sample[:CHECKED_ROWS])
-    save_bundle(paths.storage, BUNDLE, manifest, pack_tensors(weights), onnx)
+    golden = _ask_golden(module, sample, manifest.preprocessing)
+    card = (manifest.card or ModelCard()).model_copy(
+        update={"num_parameters": sum(parameter.numel() for parameter in module.parameters())}
+    )
+    if golden is not None and targets is not None and _is_readable(manifest.outputs):
+        card = card.model_copy(update={"confusion": _count_confusion(module, sample, targets, on_progress)})
+    described = manifest.model_copy(update={"card": card})
+    save_bundle(paths.storage, BUNDLE, described, pack_tensors(weights), onnx, golden, holdout)
     return Exported(paths.bundle.uri, why_no_onnx)
+
+
+def _ask_golden(module: torch.nn.Module, sample: NDArray[np.float32], preprocessing: Preprocessing) -> Golden | None:
+    """Rows as a caller would send them, and the module's answers; None where it has none on this machine.
+
+    Standardising cannot be undone to the last bit, so the rows are near those of the data and no copy of them. What is
+    exact is that the answers are those to the rows as a replica standardises them.
+    """
+    chosen = np.linspace(0, len(sample) - 1, min(GOLDEN_ROWS, len(sample)), dtype=np.int64)
+    raw = preprocessing.undo(sample[chosen])
+    try:
+        outputs = _forward(module, preprocessing.apply(raw))
+    except Exception:  # say, operators for a GPU alone: the weights are worth keeping, and the ONNX export told why
+        return None
+    return Golden(raw, outputs.reshape(len(raw), -1))
+
+
+def _is_readable(outputs: OutputSchema) -> bool:
+    return outputs.task == "classification" and outputs.num_outputs <= MOST_CLASSES
+
+
+def _count_confusion(
+    module: torch.nn.Module, sample: NDArray[np.float32], targets: Targets, on_progress: Callable[[], object]
+) -> tuple[tuple[int, ...], ...]:
+    """Rows of each true class by the class the module gives them."""
+    answers = []
+    for start in range(0, len(sample), EVALUATION_ROWS):
+        on_progress()
+        answers.append(_forward(module, sample[start : start + EVALUATION_ROWS]))
+    outputs = np.concatenate(answers)
+    classes = outputs.shape[1]
+    pairs = targets.astype(np.int64) * classes + outputs.argmax(axis=1)
+    return tuple(map(tuple, np.bincount(pairs, minlength=classes**2).reshape(classes, classes).tolist()))
+
+
+def _forward(module: torch.nn.Module, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        # a copy, since rows from the object store are read-only, which torch warns of
+        return module(torch.tensor(rows)).float().numpy()  # type: ignore[no-any-return]
 
 
 def _export_onnx(module: torch.nn.Module, sample: NDArray[np.float32]) -> tuple[bytes | None, str | None]:
@@ -79,8 +142,7 @@ def _largest_difference(module: torch.nn.Module, model: bytes, sample: NDArray[n
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     differences = []
     for rows in (sample[:1], sample[:3], sample):
-        with torch.inference_mode():
-            expected = module(torch.from_numpy(rows)).numpy()
+        expected = _forward(module, rows)
         (actual,) = session.run(None, {session.get_inputs()[0].name: rows})
         differences.append(np.abs(actual - expected).max() / max(1.0, np.abs(expected).max()))
     return float(np.max(differences))

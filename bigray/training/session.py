@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from bigray.bundle import BundleManifest, FactorySpec, Origin
+from bigray.bundle import BundleManifest, FactorySpec, ModelCard, Origin, is_outdated, pack_holdout
 from bigray.cluster.capacity import Capacity, connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, ServeNeeds, make_plan
@@ -163,9 +163,14 @@ def num_trials(request: RunRequest, events: Iterable[Mapping[str, Any]]) -> int:
 
 
 def is_complete(total: int, paths: RunPaths, events: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether that many trials were run to where the scheduler wanted them, and the winner was exported."""
+    """Whether that many trials were run to where the scheduler wanted them, and the winner was exported.
+
+    A bundle that an earlier bigray exported does not count: it is made anew, from the checkpoint that is still there.
+    """
     done = [event for event in events if event["kind"] == "completed" and event.get("whole", True)]
-    return any(event.get("trials", total) >= total for event in done) and paths.bundle.exists(MANIFEST)
+    if not any(event.get("trials", total) >= total for event in done):
+        return False
+    return paths.bundle.exists(MANIFEST) and not is_outdated(paths.bundle)
 
 
 def known_trials(request: RunRequest, events: Iterable[Mapping[str, Any]]) -> tuple[TrialSpec, ...]:
@@ -291,7 +296,8 @@ def _export(
 ) -> None:
     trial = next(trial for trial in known_trials(request, events) if trial.trial_id == winner.trial_id)
     manifest = _manifest(request, paths, trial, winner)
-    command = ExportBundle(trial, manifest, stack_of(trial.trial_id, events))
+    holdout = pack_holdout(request.dataset.holdout, request.job.data.split.seed)
+    command = ExportBundle(trial, manifest, stack_of(trial.trial_id, events), holdout)
     _, _, exported = ask(groups.switchboard.work.remote("export", command))
     ask(groups.switchboard.push.remote(Event("bundle", trial.trial_id, {"uri": exported.uri})))
 
@@ -334,6 +340,9 @@ def _manifest(request: RunRequest, paths: RunPaths, trial: TrialSpec, winner: Tr
         outputs=dataset.outputs,
         factory=FactorySpec(factory=trial.model.factory, params=trial.model.params),
         example=dataset.example,
+        input_range=dataset.ranges.get(dataset.inputs.tensor_name) if dataset.inputs.is_tensor else None,
+        ranges={} if dataset.inputs.is_tensor else dataset.ranges,
+        card=ModelCard(rows=dataset.num_rows),
     )
 
 

@@ -603,7 +603,16 @@ class _CommandLoop:
         self.heartbeat.tick("export")
         if command.stack is not None:
             save_as_own(self.setup, command.stack, command.trial)
-        exported = export_bundle(self.setup.paths, command.trial, command.manifest, self._process.data.x_val)
+        data = self._process.data
+        exported = export_bundle(
+            self.setup.paths,
+            command.trial,
+            command.manifest,
+            data.x_val,
+            targets=data.y_val,
+            holdout=command.holdout,
+            on_progress=lambda: self.heartbeat.tick("export"),
+        )
         if exported.why_no_onnx:
             text = f"no model.onnx, the endpoint will load the factory: {exported.why_no_onnx}"
             self.push("warning", command.trial, {"text": text})

@@ -460,7 +460,7 @@ def test_the_best_lane_of_a_stack_can_be_exported(
 
     seen: list[TrialSpec] = []
     monkeypatch.setattr(
-        module, "export_bundle", lambda paths, trial, manifest, sample: seen.append(trial) or _Exported()
+        module, "export_bundle", lambda paths, trial, manifest, sample, **_: seen.append(trial) or _Exported()
     )
     trials = _lanes(make_trial())
     states = group.do(TrainStack("leg-1", tuple(map(Lane, trials)), 4))

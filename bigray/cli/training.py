@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What a command does is in the module it calls.
+"""The commands that plan, train, search and verify: parse, call, print. What each does is in the module it calls.
 
 Heavy modules are imported inside the commands, so that a fault in a job file is told in a second.
 """
@@ -6,97 +6,41 @@ Heavy modules are imported inside the commands, so that a fault in a job file is
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from bigray.errors import BigrayError, ClusterError, SpecError, TrainingFailed, last_line
+from bigray.cli.app import (
+    DEFAULT_SEARCH,
+    Address,
+    AsEvents,
+    AsJson,
+    BudgetText,
+    JobFile,
+    New,
+    Output,
+    Overrides,
+    SearchFile,
+    ServeFile,
+    app,
+    is_joining,
+    raise_faults,
+    serve_until_interrupted,
+    show_deployment,
+)
+from bigray.errors import SpecError, TrainingFailed
 from bigray.termination import EXIT_CODE, Terminated, terminated_by_signal
 
 if TYPE_CHECKING:
     from bigray.live import RunView
     from bigray.results import Leaderboard
-    from bigray.serve.runner import Deployment
     from bigray.specs import SearchSpec
     from bigray.training.commands import Event
     from bigray.training.request import RunRequest
     from bigray.training.session import Listener
     from bigray.tuning.budget import Budget
-
-
-class _Commands(TyperGroup):
-    """Turns what a command raises into one line for each fault, and an exit code by kind."""
-
-    def invoke(self, ctx: Any) -> Any:
-        from bigray import console
-
-        try:
-            return super().invoke(ctx)
-        except BigrayError as error:
-            console.print_error(error)
-            sys.exit(error.exit_code)
-        except Exception as error:
-            if not _is_rays(error):
-                raise
-            console.print_error(
-                ClusterError(f"Ray failed: {last_line(error)}; its logs are in /tmp/ray/session_latest")
-            )
-            sys.exit(ClusterError.exit_code)
-        except KeyboardInterrupt:
-            console.say("interrupted; the same command goes on where it stopped")
-            sys.exit(130)
-        except Terminated:
-            console.say("told to end (SIGTERM); the same command goes on where it stopped")
-            sys.exit(EXIT_CODE)
-
-
-def _is_rays(error: Exception) -> bool:
-    """Whether Ray itself raised this: an actor or a node went away, or the cluster was lost. Imports no Ray."""
-    return type(error).__module__.startswith("ray.")
-
-
-app = typer.Typer(
-    name="bigray",
-    cls=_Commands,
-    help="Train a PyTorch model on a Ray cluster, search its learning rate and batch size, and serve the winner.",
-    epilog="Try it: bigray run examples/digits/job.toml --search tuning/lr_batch.toml --serve serve/local.yaml",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-JobFile = Annotated[str, typer.Argument(metavar="JOB", help="The job file, such as examples/digits/job.toml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set training.lr=1e-3.")
-]
-DEFAULT_SEARCH = "tuning/lr_batch.toml"
-SearchFile = Annotated[str | None, typer.Option("--search", help="A search file, such as tuning/lr_batch.toml.")]
-ServeFile = Annotated[str | None, typer.Option("--serve", help="A serve file, such as serve/local.yaml.")]
-Address = Annotated[
-    str | None, typer.Option("--address", help="Cluster to join ('auto': the one on this machine). [env: RAY_ADDRESS]")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
-AsEvents = Annotated[
-    bool,
-    typer.Option("--events", help="Print each event as a line of JSON as it happens; the last line is the result."),
-]
-BudgetText = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        metavar="TEXT",
-        help="End a sweep after this much time (90s, 10m, 2h) or time of GPUs (3gpuh), with nothing lost.",
-    ),
-]
-New = Annotated[bool, typer.Option("--new", help="Start afresh beside an earlier run of the same settings.")]
 
 
 @app.command(epilog="Example: bigray plan examples/digits/job.toml --search tuning/lr_batch.toml")
@@ -125,33 +69,8 @@ class _Asked:
     search: SearchSpec | None
     address: str | None
     new: bool
-    output: _Output
+    output: Output
     budget: Budget | None = None
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What goes to standard output: tables, or one document, or events and then the document."""
-
-    as_json: bool
-    as_events: bool
-
-    @property
-    def is_for_people(self) -> bool:
-        return not (self.as_json or self.as_events)
-
-    def faults(self) -> list[str]:
-        if self.as_json and self.as_events:
-            return ["--events: its last line is the document of --json; give one of the two"]
-        return []
-
-    def print(self, document: dict[str, Any]) -> None:
-        from bigray import console
-
-        if self.as_events:
-            console.print_event("result", "", document)
-        elif self.as_json:
-            console.print_json(document)
 
 
 @app.command(epilog="Example: bigray train examples/linear/job.toml --set training.lr=0.1")
@@ -166,8 +85,8 @@ def train(
     """Train every model of a job. The same command again resumes."""
     from bigray.workflow import read_files, request_of
 
-    output = _Output(as_json, as_events)
-    _raise_faults(output.faults())
+    output = Output(as_json, as_events)
+    raise_faults(output.faults())
     _train_or_tune(_Asked(request_of(read_files(job, set_ or ())), None, address, new, output))
 
 
@@ -198,10 +117,10 @@ def tune(
     as_events: AsEvents = False,
 ) -> None:
     """Search learning rates, batch sizes and other settings for the models of a job. The same command again goes on."""
-    output = _Output(as_json, as_events)
+    output = Output(as_json, as_events)
     faults = [*output.faults(), *_tune_faults(job, trials, extend, new)]
     limit = _read_budget(budget, faults)
-    _raise_faults(faults)
+    raise_faults(faults)
     spec: SearchSpec | None
     if extend is not None:
         from bigray.workflow import extend_request
@@ -256,46 +175,15 @@ def verify(
 
     chosen = only_models(read_files(job, set_ or ()).job, model or ())
     request = make_request(chosen, training_trials(chosen))
-    if not _is_joining(address):
+    if not is_joining(address):
         plan_request(request)  # says no before Ray starts
-    prepare_environment(joining=_is_joining(address))
+    prepare_environment(joining=is_joining(address))
     preload()
     with _starting_anew(), connect(address), run_view(quiet=as_json) as view, terminated_by_signal():
         found = verify_request(request, kills=kills, seed=seed, address=address, listener=view)
     console.print_json(found.to_json()) if as_json else console.print_verification(found)
     if not found.is_same:
         raise TrainingFailed(found.describe_differences())
-
-
-@app.command(epilog="Example: bigray deploy runs/digits-1a2b3c --config serve/autoscale.yaml")
-def deploy(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a bundle folder.")],
-    config: Annotated[str, typer.Option("--config", help="A serve file.")] = "serve/local.yaml",
-    address: Address = None,
-    write_config: Annotated[
-        Path | None,
-        typer.Option(help="Only write the native file with the run's bundle filled in, for Ray's `serve deploy`."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Serve the winner of a run. On a joined cluster it stays up; a local Ray serves until Ctrl-C."""
-    from bigray.serve.config import load_serve
-    from bigray.workflow import find_bundle
-
-    spec = load_serve(config)
-    bundle = find_bundle(run)
-    if write_config is not None:
-        _write_native_config(bundle, spec, write_config)
-        return
-    from bigray.cluster.connect import connect
-    from bigray.serve.runner import deploy as deploy_bundle
-
-    with connect(address) as connection:
-        deployment = deploy_bundle(bundle, spec)
-        output = _Output(as_json, as_events=False)
-        output.print(_show_deployment(deployment, bundle, output))
-        if connection.embedded:
-            _serve_until_interrupted()
 
 
 @app.command(
@@ -320,20 +208,20 @@ def run(
     from bigray.training.groups import preload
     from bigray.workflow import check_holdout, plan_request, read_files, request_of, serve_ahead
 
-    output = _Output(as_json, as_events)
+    output = Output(as_json, as_events)
     faults = output.faults()
     limit = _read_budget(budget, faults)
     if budget is not None and search is None:
         faults.append("--budget: is for sweeps; give a --search file, or remove it")
-    _raise_faults(faults)
+    raise_faults(faults)
     files = read_files(job, set_ or (), search, serve)
     assert files.serve is not None, "read_files loads the serve file it is given"
     request = request_of(files)
     asked = _Asked(request, files.search, address, new, output, limit)
-    _raise_faults(_budget_faults(asked))
-    if not _is_joining(address):
+    raise_faults(_budget_faults(asked))
+    if not is_joining(address):
         plan_request(request, files.serve)  # says no before Ray starts
-    prepare_environment(joining=_is_joining(address))
+    prepare_environment(joining=is_joining(address))
     preload()
     with connect(address) as connection:
         plan_request(request, files.serve, address=address)
@@ -341,7 +229,7 @@ def run(
             board, view = _execute(asked, on_event)
             document = _show_board(board, view, output)
         deployment = deploy_bundle(board.bundle.uri, files.serve)
-        document |= _show_deployment(deployment, board.bundle.uri, output)
+        document |= show_deployment(deployment, board.bundle.uri, output)
         check = check_holdout(board.bundle.uri, request.dataset, deployment.url, files.serve)
         if check is not None:
             document |= _show_check(check, output)
@@ -349,7 +237,7 @@ def run(
         if exit_:
             delete_application(deployment.name)
         elif connection.embedded:
-            _serve_until_interrupted()
+            serve_until_interrupted()
     if check is not None and not check.all_equal:
         raise typer.Exit(6)
 
@@ -376,63 +264,15 @@ def submit(
     raise typer.Exit(submit_job(command, storage=asked.job.storage, address=address, follow=not no_wait))
 
 
-@app.command(epilog="Example: bigray status")
-def status(address: Address = None, as_json: AsJson = False) -> None:
-    """Show what is served, and by how many replicas, on a cluster ('auto' when no address is given)."""
-    from dataclasses import asdict
-
-    from bigray import console
-    from bigray.cluster.connect import connect
-    from bigray.serve.runner import status as read_status
-
-    with connect(_existing_cluster(address)):
-        rows = read_status()
-    console.print_json([asdict(row) for row in rows]) if as_json else console.print_status(rows)
-
-
-@app.command(epilog="Example: bigray predict http://127.0.0.1:8000 rows.csv")
-def predict(
-    url: Annotated[str, typer.Argument(help="Root of the endpoint.")],
-    file: Annotated[str, typer.Argument(help="Rows as .json, .csv, .parquet or .arrow.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-) -> None:
-    """Ask an endpoint about the rows of a file; prints one JSON object a row."""
-    from bigray import console
-    from bigray.serve.client import predict_file
-
-    console.print_predictions(predict_file(url, file, limit))
-
-
-@app.command(epilog="Example: bigray delete model")
-def delete(
-    name: Annotated[str, typer.Argument(help="The application's name, as `bigray status` shows it.")],
-    address: Address = None,
-) -> None:
-    """Take an endpoint down."""
-    from bigray import console
-    from bigray.cluster.connect import connect
-    from bigray.serve.runner import delete as delete_application
-
-    with connect(_existing_cluster(address)):
-        delete_application(name)
-    console.say(f"deleted {name}")
-
-
-def main() -> None:
-    """Entry point."""
-    sys.path.insert(0, os.getcwd())  # 'package.module:function' in a job file is found as with `python -m`
-    app()
-
-
 def _train_or_tune(asked: _Asked) -> None:
     from bigray.cluster.connect import connect, prepare_environment
     from bigray.training.groups import preload
     from bigray.workflow import plan_request
 
-    _raise_faults(_budget_faults(asked))
-    if not _is_joining(asked.address):
+    raise_faults(_budget_faults(asked))
+    if not is_joining(asked.address):
         plan_request(asked.request)  # says no before Ray starts
-    prepare_environment(joining=_is_joining(asked.address))
+    prepare_environment(joining=is_joining(asked.address))
     preload()
     with connect(asked.address):
         board, view = _execute(asked)
@@ -491,36 +331,7 @@ def _budget_faults(asked: _Asked) -> list[str]:
     return [f"--{fault}" for fault in budget_faults(asked.budget, asked.request.job.scaling)]
 
 
-def _raise_faults(faults: Sequence[str]) -> None:
-    if faults:
-        raise SpecError(faults)
-
-
-@contextlib.contextmanager
-def _starting_anew() -> Iterator[None]:
-    """For a command that does not go on where it was interrupted."""
-    from bigray import console
-
-    try:
-        yield
-    except (KeyboardInterrupt, Terminated) as ending:
-        console.say("interrupted; the same command starts anew, in a folder of its own")
-        raise typer.Exit(EXIT_CODE if isinstance(ending, Terminated) else 130) from None
-
-
-def _is_joining(address: str | None) -> bool:
-    from bigray.cluster.connect import resolve_address
-
-    return resolve_address(address) is not None
-
-
-def _existing_cluster(address: str | None) -> str:
-    from bigray.cluster.connect import resolve_address
-
-    return resolve_address(address) or "auto"
-
-
-def _show_board(board: Leaderboard, view: RunView, output: _Output) -> dict[str, Any]:
+def _show_board(board: Leaderboard, view: RunView, output: Output) -> dict[str, Any]:
     from bigray import console
     from bigray.report import board_document
 
@@ -535,20 +346,19 @@ def _show_board(board: Leaderboard, view: RunView, output: _Output) -> dict[str,
     return {"leaderboard": board_document(board), "budget_used_up": {"budget": progress.budget, **reached}}
 
 
-def _show_deployment(deployment: Deployment, bundle: str, output: _Output) -> dict[str, Any]:
-    from dataclasses import asdict
-
+@contextlib.contextmanager
+def _starting_anew() -> Iterator[None]:
+    """For a command that does not go on where it was interrupted."""
     from bigray import console
-    from bigray.bundle import ModelBundle
-    from bigray.workflow import curl_command
 
-    curl = curl_command(deployment.url, ModelBundle.load(bundle).manifest)
-    if output.is_for_people:
-        console.print_deployment(deployment, curl)
-    return {"deployment": {**asdict(deployment), "curl": curl}}
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as ending:
+        console.say("interrupted; the same command starts anew, in a folder of its own")
+        raise typer.Exit(EXIT_CODE if isinstance(ending, Terminated) else 130) from None
 
 
-def _show_check(check: Any, output: _Output) -> dict[str, Any]:
+def _show_check(check: Any, output: Output) -> dict[str, Any]:
     from dataclasses import asdict
 
     from bigray import console
@@ -556,24 +366,3 @@ def _show_check(check: Any, output: _Output) -> dict[str, Any]:
     if output.is_for_people:
         console.print_holdout(check)
     return {"holdout": {**asdict(check), "all_equal": check.all_equal}}
-
-
-def _write_native_config(bundle: str, spec: Any, path: Path) -> None:
-    import yaml
-
-    from bigray import console
-    from bigray.serve.runner import resolved_config
-
-    path.write_text(yaml.safe_dump(resolved_config(bundle, spec), sort_keys=False))
-    console.say(f"wrote {path}; serve it with: serve run {path}")
-
-
-def _serve_until_interrupted() -> None:
-    from bigray import console
-
-    console.say("serving until Ctrl-C")
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        console.say("stopping the endpoint")

@@ -1,0 +1,78 @@
+"""The models of a replica as its gRPC service asks them: the same store, keys, canary and counters as over HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigray.bundle import BundleManifest
+from bigray.inference import Predictions
+from bigray.serve.assembly import Endpoint
+from bigray.serve.http import Refusal
+from bigray.serve.loaded import LoadedModel
+from bigray.serve.observe.telemetry import Telemetry
+from bigray.serve.protect.keys import Key
+from bigray.serve.store import ModelStore
+
+FloatArray = NDArray[np.float32]
+
+OK, FAILED = 200, 500
+
+
+class GrpcBackend:
+    """What `InferenceMethods` asks (replica, event loop)."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def find(self, name: str | None, version: str | None, sticky: str) -> AskedModel:
+        found = self._endpoint.store.find(name, version, sticky or str(time.monotonic_ns()))
+        return AskedModel(found, self._endpoint.store, self._endpoint.telemetry)
+
+    def authorize(self, metadata: Mapping[bytes, bytes], scope: str) -> Key | None:
+        return self._endpoint.guard.authorize(metadata, scope)
+
+    def names(self) -> Sequence[str]:
+        return self._endpoint.store.names()
+
+
+class AskedModel:
+    """A version for one call; after the answer, `version` is that of the version that made it."""
+
+    def __init__(self, chosen: LoadedModel, store: ModelStore, telemetry: Telemetry) -> None:
+        self._model, self._store, self._telemetry = chosen, store, telemetry
+
+    @property
+    def name(self) -> str:
+        return self._model.name
+
+    @property
+    def version(self) -> str:
+        return self._model.version
+
+    @property
+    def backend(self) -> str:
+        return self._model.backend
+
+    @property
+    def manifest(self) -> BundleManifest:
+        return self._model.manifest
+
+    async def submit(self, rows: FloatArray) -> Predictions:
+        start, status = time.perf_counter(), FAILED
+        self._telemetry.ongoing(1)
+        try:
+            predictions, self._model = await self._store.predict(self._model, rows)
+            status = OK
+        except Refusal as refusal:
+            status = refusal.status
+            self._telemetry.shed(self._model.name)
+            raise
+        finally:
+            self._telemetry.ongoing(-1)
+            seconds = time.perf_counter() - start
+            self._telemetry.record(self.name, self.version, "grpc", status, seconds, len(rows), rows.nbytes)
+        return predictions

@@ -1,0 +1,44 @@
+"""One HTTP request and its answer, as the handlers of an endpoint see them; no server, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+JSON = b"application/json"
+
+
+class Refusal(Exception):
+    """An answer other than 200; `message` is sent to the caller, so it holds no path, module name or traceback."""
+
+    def __init__(self, status: int, message: str, headers: Headers = ()) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request whose body has been read (replica)."""
+
+    method: str
+    path: str
+    """Below the application's prefix, `/` at least."""
+    headers: Mapping[bytes, bytes]
+    """Names in lower case; of one that came twice, the last."""
+    body: bytes
+
+    def header(self, name: bytes) -> str:
+        """The header as text, empty where there is none."""
+        return self.headers.get(name, b"").decode("latin-1")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back, but for the headers that every answer has."""
+
+    body: bytes
+    content_type: bytes = JSON
+    status: int = 200
+    headers: Headers = ()

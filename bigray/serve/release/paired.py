@@ -1,0 +1,79 @@
+"""Whether a candidate is worse than the live version, by their losses on the same rows. Pure; numpy alone.
+
+The sign-flip test: were neither better, each row's difference would be as likely with the other sign. The p-value is
+the share of random signs under which the candidate looks at least as bad as it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigray.inference import Predictions
+
+LossArray = NDArray[np.float64]
+
+MOST_DRAWS = 10_000
+_SIGNS_AT_ONCE = 1 << 22
+"""Bounds memory."""
+
+
+@dataclass(frozen=True)
+class PairedResult:
+    """Two versions on the same rows; losses are mean 0/1 losses or mean squared errors."""
+
+    rows: int
+    candidate: float
+    live: float
+    difference: float
+    """Candidate minus live: above 0, the candidate is worse."""
+    p_value: float
+    """Of a difference as large as this or larger where neither is better."""
+
+    def is_worse(self, alpha: float = 0.05) -> bool:
+        return self.difference > 0 and self.p_value < alpha
+
+
+def row_losses(predictions: Predictions, truth: Sequence[Any]) -> LossArray:
+    """(rows,) 0 or 1 for a right or wrong class, squared error for a value. NaN where the answer is no number."""
+    if predictions.values is not None:
+        return (predictions.values.astype(np.float64) - np.asarray(truth, dtype=np.float64)) ** 2
+    assert predictions.labels is not None, "a prediction has values or labels"
+    return np.array([float(a != b) for a, b in zip(predictions.labels, truth, strict=True)])
+
+
+def compare_paired(candidate: LossArray, live: LossArray, *, draws: int = MOST_DRAWS, seed: int = 0) -> PairedResult:
+    """Test losses (rows,) of both on the same rows in the same order; the same seed gives the same p-value."""
+    if candidate.shape != live.shape or candidate.ndim != 1 or not len(candidate):
+        raise ValueError(f"expected losses of the same rows, got shapes {candidate.shape} and {live.shape}")
+    differences = candidate - live
+    return PairedResult(
+        rows=len(differences),
+        candidate=float(candidate.mean()),
+        live=float(live.mean()),
+        difference=float(differences.mean()),
+        p_value=_p_value(differences, min(draws, MOST_DRAWS), seed),
+    )
+
+
+def _p_value(differences: LossArray, draws: int, seed: int) -> float:
+    differing = differences[differences != 0]  # a zero is the same with either sign
+    if not len(differing):
+        return 1.0
+    if not np.isfinite(differing).all():
+        return 0.0  # a candidate that answers NaN; the live one is refused before
+    differing = differing / np.abs(differing).max()
+    observed, generator, reached = float(differing.sum()), np.random.default_rng(seed), 0
+    rows_at_once = max(1, _SIGNS_AT_ONCE // len(differing))
+    for start in range(0, draws, rows_at_once):
+        size = min(rows_at_once, draws - start), len(differing)
+        bits = np.unpackbits(np.frombuffer(generator.bytes(-(-size[0] * size[1] // 8)), np.uint8))
+        signs = bits[: size[0] * size[1]].reshape(size).astype(np.float32)
+        sums = 2 * (signs @ differing.astype(np.float32)).astype(np.float64) - observed
+        reached += int((sums >= observed - 1e-6 * len(differing)).sum())
+    # the observed signs are one of the draws, so that a p-value is never 0
+    return (reached + 1) / (draws + 1)

@@ -1,0 +1,207 @@
+"""Bring a version into replicas that are serving another one, without a dropped request (driver).
+
+The replicas do the work (`steward.py`); here the channel's state is moved from step to step as they report:
+
+    load      held ready in every replica, then live everywhere at once
+    canary    answers a share of the requests, until it is promoted or rolled back by what is seen
+    shadow    is asked beside the live version, and its answers are only compared
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bigray.errors import DeployError
+from bigray.serve.release.judge import JudgeLimits, Verdict, judge
+from bigray.serve.release.record import (
+    ChannelState,
+    Comparison,
+    Release,
+    ReplicaReport,
+    Rollout,
+    abort,
+    beat,
+    finish,
+    initial,
+    promote,
+    propose,
+    withdraw,
+)
+from bigray.serve.release.registry import Registry, update
+
+POLL_S = 0.1
+BEAT_S = 1.0
+
+Replicas = Callable[[], frozenset[str]]
+"""Ids of the replicas that Serve has running now."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a version is let in."""
+
+    kind: Literal["load", "canary", "shadow"] = "load"
+    share: float = 0.0
+    limits: JudgeLimits = field(default_factory=JudgeLimits)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a rollout is, for a screen."""
+
+    stage: Literal["loading", "watching", "switching"]
+    ready: int
+    replicas: int
+    comparison: Comparison | None = None
+    elapsed_s: float = 0.0
+
+
+Watch = Callable[[Progress], None]
+
+
+class Channel:
+    """One application's channel as its deployer sees it (driver)."""
+
+    def __init__(self, registry: Registry, replicas: Replicas) -> None:
+        self._registry, self._replicas = registry, replicas
+        self._last_beat = 0.0
+
+    def state(self) -> ChannelState | None:
+        return self._registry.read()
+
+    def reports(self) -> tuple[ReplicaReport, ...]:
+        """Of the replicas that run now."""
+        running = self._replicas()
+        return tuple(report for report in self._registry.reports() if report.replica in running)
+
+    def begin(self, release: Release, why: str) -> None:
+        """The first version of an application; what an earlier one of this name left is forgotten."""
+        self._registry.clear()
+        self._registry.write(initial(release, _utc_now(), why))
+
+    def succeed(self, before: ChannelState, release: Release, why: str, *, is_forced: bool) -> None:
+        """Go on with the history of a channel whose replicas are replaced by others, each with one version."""
+        rollout = Rollout(kind="load", release=release)
+        after = promote(propose(before, rollout), _utc_now(), why, is_forced=is_forced)
+        fields = {"revision": self._registry.revision() + 1, "previous": None, "replaced": before.live}
+        self._registry.write(after.model_copy(update=fields))
+
+    def forget(self) -> None:
+        """Remove all that is stored of it."""
+        self._registry.clear()
+
+    def bring_in(
+        self, release: Release, mode: Mode, *, why: str, is_forced: bool, timeout_s: float, watch: Watch
+    ) -> str:
+        """Load, try and switch; whatever goes wrong, Ctrl-C included, the version that was live goes on.
+
+        Returns:
+            What was decided, in one line.
+
+        Raises:
+            DeployError: a replica could not load it, or what was seen of it was not good enough.
+        """
+        rollout = Rollout(kind=mode.kind, release=release, share=mode.share)
+        update(self._registry, lambda state: propose(state, rollout))
+        try:
+            self._wait_until_ready(release, timeout_s, watch)
+            verdict = Verdict(action="promote", why=why)
+            if mode.kind != "load":
+                verdict = self._watch_traffic(mode, watch)
+            if verdict.action == "roll back":
+                raise DeployError(f"version {release.version}: {verdict.why}; rolled back, the live version went on")
+            self._settle(verdict, is_forced)
+        except BaseException as error:
+            self._take_back(release, error)
+            raise
+        if verdict.action == "promote":
+            self._wait_until_live(release, timeout_s, watch)
+        return verdict.why
+
+    def go_back(self, why: str, timeout_s: float, watch: Watch) -> ChannelState:
+        """End a rollout that is under way, else make the previous version live again, everywhere."""
+        state = update(self._registry, lambda state: withdraw(state, _utc_now(), why))
+        self._wait_until_live(state.live, timeout_s, watch)
+        return state
+
+    def _settle(self, verdict: Verdict, is_forced: bool) -> None:
+        if verdict.action == "promote":
+            update(self._registry, lambda state: promote(state, _utc_now(), verdict.why, is_forced=is_forced))
+        else:
+            update(self._registry, lambda state: finish(state, _utc_now(), verdict.why))
+
+    def _take_back(self, release: Release, error: BaseException) -> None:
+        why = str(error) if isinstance(error, Exception) else "interrupted"
+
+        def end(state: ChannelState) -> ChannelState:
+            is_ours = state.rollout is not None and state.rollout.release == release
+            return abort(state, _utc_now(), why) if is_ours else state
+
+        update(self._registry, end)
+
+    def _wait_until_ready(self, release: Release, timeout_s: float, watch: Watch) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            running, reports = self._replicas(), self.reports()
+            if failed := next((one for one in reports if one.candidate == "failed"), None):
+                raise DeployError(f"version {release.version}: replica {failed.replica} cannot load it: {failed.why}")
+            ready = {report.replica for report in reports if release.version in report.loaded}
+            watch(Progress("loading", len(ready), len(running)))
+            if running and ready >= running:
+                return
+            _check(deadline, f"version {release.version}: {len(ready)} of {len(running)} replicas have loaded it")
+            self._beat()
+            time.sleep(POLL_S)
+
+    def _watch_traffic(self, mode: Mode, watch: Watch) -> Verdict:
+        assert mode.kind != "load", "only a canary or a shadow sees traffic before it is decided on"
+        started = time.monotonic()
+        while True:
+            elapsed_s = time.monotonic() - started
+            reports = self.reports()
+            comparison = total(reports)
+            watch(Progress("watching", len(reports), len(reports), comparison, elapsed_s))
+            verdict = judge(mode.kind, comparison, mode.limits, elapsed_s)
+            if verdict.action != "wait":
+                return verdict
+            self._beat()
+            time.sleep(POLL_S)
+
+    def _wait_until_live(self, release: Release, timeout_s: float, watch: Watch) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            running, reports = self._replicas(), self.reports()
+            switched = {report.replica for report in reports if report.live == release.version}
+            watch(Progress("switching", len(switched), len(running)))
+            if running and switched >= running:
+                return
+            _check(deadline, f"version {release.version}: live in {len(switched)} of {len(running)} replicas")
+            time.sleep(POLL_S)
+
+    def _beat(self) -> None:
+        """Tell the replicas, now and then, that the rollout is watched; `DeployError` where somebody has ended it."""
+        if time.monotonic() - self._last_beat > BEAT_S:
+            self._last_beat = time.monotonic()
+            update(self._registry, beat)
+
+
+def total(reports: Sequence[ReplicaReport]) -> Comparison:
+    """What all replicas have seen of a canary or shadow."""
+    combined = Comparison()
+    for report in reports:
+        if report.comparison is not None:
+            combined = combined.plus(report.comparison)
+    return combined
+
+
+def _check(deadline: float, text: str) -> None:
+    if time.monotonic() > deadline:
+        raise DeployError(f"{text}, not in time; see the replicas' logs under /tmp/ray/session_latest/logs/serve")
+
+
+def _utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,237 @@
+"""Keeps a replica at what its channel says: loads versions beside the live one, switches, reports (its own thread).
+
+`bigray deploy` writes the channel's state; a replica never does, except the first of a channel that has none. A
+candidate is loaded, warmed up and checked here, while the event loop goes on answering with the live version.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from bigray.errors import BigrayError, last_line
+from bigray.serve.compare import SideBySide
+from bigray.serve.loaded import LoadedModel
+from bigray.serve.observe.telemetry import Telemetry
+from bigray.serve.protect.guard import Guard
+from bigray.serve.release.record import (
+    ChannelState,
+    Release,
+    ReplicaReport,
+    Rollout,
+    initial,
+    what_to_hold,
+)
+from bigray.serve.release.registry import Registry
+from bigray.serve.store import ModelStore, View
+
+POLL_S = 0.25
+REPORT_S = 1.0
+KEYS_S = 2.0
+STALE_S = 15.0
+"""A canary or shadow whose watcher has not been heard for so long gets no traffic any more."""
+
+_logger = logging.getLogger("ray.serve")
+
+Load = Callable[[str], LoadedModel]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this replica is, in its reports."""
+
+    replica: str
+    node: str
+    pid: int
+
+
+class Steward:
+    """Runs beside the event loop of one replica until `stop`."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: ModelStore,
+        load: Load,
+        *,
+        identity: Identity,
+        telemetry: Telemetry,
+        guard: Guard,
+    ) -> None:
+        self._registry, self._store, self._load = registry, store, load
+        self._identity, self._telemetry, self._guard = identity, telemetry, guard
+        self._state: ChannelState | None = None
+        self._failed: dict[str, str] = {}  # why a version could not be loaded, by version
+        self._loading = ""
+        self._heartbeat = _Heartbeat()
+        self._sequence = 0
+        self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._keep_state, name="bigray-steward", daemon=True),
+            threading.Thread(target=self._keep_reporting, name="bigray-reports", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _keep_state(self) -> None:
+        while not self._stopped.wait(POLL_S):
+            try:
+                self.step(time.monotonic())
+            except Exception as error:  # the store of states may be away for a while; the live version goes on
+                _logger.warning("bigray: the channel's state could not be read: %s", last_line(error))
+
+    def _keep_reporting(self) -> None:
+        checked_keys = 0.0
+        while not self._stopped.wait(REPORT_S):
+            try:
+                self.report()
+                if time.monotonic() - checked_keys > KEYS_S:
+                    checked_keys = time.monotonic()
+                    self._guard.reload()
+            except Exception as error:  # as above
+                _logger.warning("bigray: a report could not be written: %s", last_line(error))
+
+    def step(self, now: float) -> None:
+        """Look at the channel's state once and do what it asks for."""
+        state = self._registry.read()
+        if state is None:
+            live = self._store.view.live
+            self._registry.write(initial(Release(version=live.version, bundle=live.bundle), _utc_now()))
+            return
+        is_fresh = self._heartbeat.hears(state.rollout, now)
+        if self._state is None or state.revision != self._state.revision:
+            self._hold(state)
+            self._state = state
+            self._show(state, is_fresh)
+            self.report()
+        else:
+            self._show(state, is_fresh)
+
+    def report(self) -> None:
+        """Write down what this replica does, for whoever deploys, scales or looks."""
+        state, view = self._state, self._store.view
+        candidate, why = self._candidate_state(state, view)
+        beside = view.side_by_side
+        self._sequence += 1
+        self._registry.report(
+            ReplicaReport(
+                replica=self._identity.replica,
+                node=self._identity.node,
+                pid=self._identity.pid,
+                sequence=self._sequence,
+                at=time.time(),
+                revision=state.revision if state is not None else 0,
+                live=view.live.version,
+                loaded=tuple(view.held),
+                candidate=candidate,
+                why=why,
+                telemetry=self._telemetry.snapshot(),
+                comparison=beside.comparison() if beside is not None else None,
+            )
+        )
+
+    def _hold(self, state: ChannelState) -> None:
+        """Have in memory what the state wants, the live version first; a failure is remembered and told."""
+        for release in what_to_hold(state):
+            held = self._store.view.held
+            if release.version in held or release.version in self._failed:
+                continue
+            self._loading = release.version
+            self.report()
+            try:
+                model = self._load(release.bundle)
+                if model.version != release.version:
+                    raise BigrayError(f"{release.bundle}: holds version {model.version} now, not {release.version}")
+                self._keep(model)
+            except Exception as error:  # whatever a user's factory raises
+                self._failed[release.version] = last_line(error)
+                _logger.warning("bigray: version %s could not be loaded: %s", release.version, last_line(error))
+            finally:
+                self._loading = ""
+
+    def _keep(self, model: LoadedModel) -> None:
+        view = self._store.view
+        self._store.set_view(View(view.live, {**view.held, model.version: model}, view.rollout, view.side_by_side))
+
+    def _show(self, state: ChannelState, is_fresh: bool) -> None:
+        """Switch to what the state says, as far as it is in memory; let go of the rest."""
+        view = self._store.view
+        live = view.held.get(state.live.version, view.live)
+        wanted = {release.version for release in what_to_hold(state)} | {live.version}
+        held = {version: model for version, model in view.held.items() if version in wanted}
+        for version in set(self._failed) - wanted:
+            del self._failed[version]  # asked for again, it is tried again
+        rollout, beside = self._beside(state.rollout if is_fresh else None, live, held, view.side_by_side)
+        shown = View(live, held, rollout, beside)
+        if (shown.live, dict(shown.held), shown.rollout, shown.side_by_side) != (
+            view.live,
+            dict(view.held),
+            view.rollout,
+            view.side_by_side,
+        ):
+            self._store.set_view(shown)
+            self._tell_versions(state, shown)
+
+    def _beside(
+        self, rollout: Rollout | None, live: LoadedModel, held: Mapping[str, LoadedModel], before: SideBySide | None
+    ) -> tuple[Rollout | None, SideBySide | None]:
+        """The pair that a canary or shadow compares; the same one as before while it is the same rollout."""
+        if rollout is None or rollout.kind == "load":
+            return None, None
+        candidate = held.get(rollout.release.version)
+        if candidate is None or candidate is live:
+            return None, None
+        if before is not None and before.live is live and before.candidate is candidate:
+            return rollout, before
+        return rollout, SideBySide(rollout.kind, live, candidate)
+
+    def _candidate_state(self, state: ChannelState | None, view: View) -> tuple[str, str]:
+        if state is None or state.rollout is None:
+            return "none", ""
+        version = state.rollout.release.version
+        if version in view.held:
+            return "ready", ""
+        if version in self._failed:
+            return "failed", self._failed[version]
+        return "loading", ""
+
+    def _tell_versions(self, state: ChannelState, view: View) -> None:
+        rollout = view.rollout
+        self._telemetry.set_versions(
+            view.live.name,
+            view.live.version,
+            previous=state.previous.version if state.previous is not None else None,
+            candidate=rollout.release.version if rollout is not None else None,
+            kind=rollout.kind if rollout is not None else None,
+            share=rollout.share if rollout is not None else 0.0,
+        )
+
+
+class _Heartbeat:
+    """Whether a rollout's watcher is alive: it counts `beat` up. Compares with this machine's own clock only."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int] | None = None
+        self._heard_at = 0.0
+
+    def hears(self, rollout: Rollout | None, now: float) -> bool:
+        if rollout is None:
+            self._last = None
+            return True
+        beat = (rollout.release.version, rollout.beat)
+        if beat != self._last:
+            self._last, self._heard_at = beat, now
+        return now - self._heard_at < STALE_S
+
+
+def _utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

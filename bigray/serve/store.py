@@ -1,0 +1,196 @@
+"""The models that one replica holds, and which of them answers a request.
+
+Of the channel's own model there are several versions in memory: the live one, perhaps a candidate, perhaps the one
+before. Other models of the serve file are loaded when they are first asked for, and let go when memory is short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigray.errors import BigrayError
+from bigray.inference import Predictions
+from bigray.serve.compare import SideBySide
+from bigray.serve.http import Refusal
+from bigray.serve.loaded import LoadedModel
+from bigray.serve.release.record import Rollout, routes_to_candidate
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class View:
+    """What the replica serves at one moment. It is replaced whole, so no request sees half a change."""
+
+    live: LoadedModel
+    held: Mapping[str, LoadedModel] = field(default_factory=dict)
+    """Every version in memory, the live one among them."""
+    rollout: Rollout | None = None
+    """A canary or a shadow that is under way with its candidate in memory."""
+    side_by_side: SideBySide | None = None
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A further model of the serve file."""
+
+    name: str
+    bundle: str
+    load: Callable[[], LoadedModel]
+
+
+class ModelStore:
+    """Finds the model for a request (event loop); is given new versions by the steward (its thread)."""
+
+    def __init__(
+        self, live: LoadedModel, others: Mapping[str, OtherModel] | None = None, memory_bytes: int | None = None
+    ) -> None:
+        self._view = View(live, {live.version: live})
+        self._others = dict(others or {})
+        self._shelf = Shelf(self._others, memory_bytes)
+
+    @property
+    def view(self) -> View:
+        return self._view
+
+    def set_view(self, view: View) -> None:
+        """Switch, in one assignment; versions that are held no more let go of their threads."""
+        before, self._view = self._view, view
+        for version, model in before.held.items():
+            if version not in view.held:
+                model.close()
+
+    def names(self) -> tuple[str, ...]:
+        return (self._view.live.name, *self._others)
+
+    def loaded(self) -> tuple[LoadedModel, ...]:
+        """Every version of every model in memory."""
+        return (*self._view.held.values(), *self._shelf.models())
+
+    def live(self, name: str | None = None) -> LoadedModel:
+        """The version that answers where nothing else is asked for; of another model, only if it is loaded."""
+        return self.find(name)
+
+    def knows(self, name: str) -> bool:
+        return name == self._view.live.name or name in self._others
+
+    def is_loaded(self, name: str) -> bool:
+        return name == self._view.live.name or self._shelf.peek(name) is not None
+
+    def find(self, name: str | None = None, version: str | None = None, sticky: str = "") -> LoadedModel:
+        """The model that is to answer.
+
+        `sticky` decides on which side of a canary the caller is: the same text, the same side.
+
+        Raises:
+            Refusal: 404, there is no such model or version in this replica; 503, it is not loaded yet.
+        """
+        view = self._view
+        if name is not None and name != view.live.name:
+            return self._find_other(name, version)
+        if version:
+            found = view.held.get(version)
+            if found is None:
+                raise Refusal(404, f"model '{view.live.name}': version '{version[:40]}' is not served")
+            return found
+        if view.side_by_side is not None and view.rollout is not None and view.rollout.kind == "canary":
+            return view.side_by_side.candidate if routes_to_candidate(view.rollout, sticky) else view.live
+        return view.live
+
+    async def load(self, name: str) -> None:
+        """Have another model in memory; loading happens in a thread, once however many ask.
+
+        Raises:
+            Refusal: 404, no such model; 503, it cannot be loaded.
+        """
+        if name not in self._others:
+            raise _unknown(name)
+        await self._shelf.load(name)
+
+    async def predict(self, chosen: LoadedModel, rows: FloatArray) -> tuple[Predictions, LoadedModel]:
+        """The predictions, and the version that made them: another than `chosen` only where a canary failed."""
+        beside = self._view.side_by_side
+        if beside is not None and (chosen is beside.live or chosen is beside.candidate):
+            return await beside.answer(chosen, rows)
+        return await chosen.submit(rows), chosen
+
+    def _find_other(self, name: str, version: str | None) -> LoadedModel:
+        if name not in self._others:
+            raise _unknown(name)
+        model = self._shelf.take(name)
+        if model is None:
+            raise Refusal(503, f"model '{name}': not loaded yet; try again", ((b"retry-after", b"1"),))
+        if version and version != model.version:
+            raise Refusal(404, f"model '{name}': version '{version[:40]}' is not served")
+        return model
+
+
+class Shelf:
+    """Models loaded on demand, the least recently used let go first when they outgrow `memory_bytes`."""
+
+    def __init__(self, others: Mapping[str, OtherModel], memory_bytes: int | None) -> None:
+        self._others, self._memory_bytes = others, memory_bytes
+        self._loaded: dict[str, LoadedModel] = {}  # in the order of their last use
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._lock = threading.Lock()
+
+    def models(self) -> tuple[LoadedModel, ...]:
+        with self._lock:
+            return tuple(self._loaded.values())
+
+    def peek(self, name: str) -> LoadedModel | None:
+        return self._loaded.get(name)
+
+    def take(self, name: str) -> LoadedModel | None:
+        with self._lock:
+            model = self._loaded.pop(name, None)
+            if model is not None:
+                self._loaded[name] = model
+            return model
+
+    async def load(self, name: str) -> None:
+        if name in self._loaded:
+            return
+        task = self._loading.get(name)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._load(name))
+            self._loading[name] = task
+            task.add_done_callback(lambda _: self._loading.pop(name, None))
+        await asyncio.shield(task)  # one caller that goes away does not end the load for the others
+
+    async def _load(self, name: str) -> None:
+        try:
+            model = await asyncio.to_thread(self._others[name].load)
+        except BigrayError:
+            raise Refusal(503, f"model '{name}': cannot be loaded; the replica's log has the reason") from None
+        with self._lock:
+            self._loaded[name] = model
+            for evicted in self._over_budget(keep=name):
+                self._loaded.pop(evicted).close()
+
+    def _over_budget(self, keep: str) -> list[str]:
+        if self._memory_bytes is None:
+            return []
+        total = sum(model.nbytes for model in self._loaded.values())
+        evicted = []
+        for name, model in self._loaded.items():
+            if total <= self._memory_bytes or name == keep:
+                continue
+            evicted.append(name)
+            total -= model.nbytes
+        return evicted
+
+
+def without_rollout(view: View) -> View:
+    """The same versions in memory, and all traffic on the live one."""
+    return replace(view, rollout=None, side_by_side=None)
+
+
+def _unknown(name: str) -> Refusal:
+    return Refusal(404, f"model '{name[:80]}' is not served here; GET /v2/repository/index lists the models")

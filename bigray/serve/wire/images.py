@@ -1,0 +1,98 @@
+"""A picture as a body: one image, one row."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigray.bundle import BundleManifest
+from bigray.errors import SpecError
+from bigray.serve.http import Refusal
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FloatArray = NDArray[np.float32]
+
+MAX_PIXELS = 50_000_000
+BRIGHTEST = 255.0
+
+
+def decode_image(body: bytes, manifest: BundleManifest) -> FloatArray:
+    """A PNG or JPEG -> float32 array (1, *input_shape), in the range of values that the model was trained on.
+
+    Raises:
+        SpecError: the model takes no image, or the body is none.
+        Refusal: 413, more than `MAX_PIXELS`; 415, this endpoint has no Pillow.
+    """
+    height, width, channels, axis = image_layout(manifest)
+    image = _load(body, "L" if channels == 1 else "RGB", (width, height))
+    pixels: Any = np.asarray(image, np.float32)
+    if channels == 3 and axis == 0:
+        pixels = pixels.transpose(2, 0, 1)
+    low, high = manifest.input_range or (0.0, BRIGHTEST)
+    values = low + pixels * ((high - low) / BRIGHTEST)
+    return manifest.inputs.checked(values.reshape(1, *manifest.inputs.input_shape))
+
+
+def image_layout(manifest: BundleManifest) -> tuple[int, int, int, int]:
+    """Height, width, channels (1 or 3) and the channels' axis of the model's input.
+
+    Raises:
+        SpecError: the input is no image.
+    """
+    schema = manifest.inputs
+    shape = schema.input_shape
+    if schema.is_tensor:
+        if len(shape) == 2:
+            return shape[0], shape[1], 1, 0
+        if len(shape) == 3 and shape[0] in (1, 3):
+            return shape[1], shape[2], shape[0], 0
+        if len(shape) == 3 and shape[2] in (1, 3):
+            return shape[0], shape[1], shape[2], 2
+    raise SpecError(f"the model takes no image: '{schema.tensor_name}' has shape {shape}; send JSON, Arrow or .npy")
+
+
+def _load(body: bytes, mode: str, size: tuple[int, int]) -> Image:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Refusal(415, "images need Pillow where the endpoint runs; send JSON, Arrow or .npy") from None
+    try:
+        image: Image.Image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))
+        _check_size(image.size)
+        # a JPEG is decoded at an eighth, a quarter or half of its size where that is still more than enough
+        image.draft(mode, (2 * size[0], 2 * size[1]))
+        image = _in_mode(image, mode)
+    except Refusal:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large() from None
+    except Exception:  # decoders raise what they like on a damaged file
+        raise SpecError("body: not a PNG or JPEG that can be read") from None
+    return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _in_mode(image: Image, mode: str) -> Image:
+    """As a person sees it: upright, on white where it is transparent, sixteen bits a pixel as eight."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(mode)
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return image.convert(mode)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise _too_large()
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, f"image: more than {MAX_PIXELS / 1e6:g} million pixels; send a smaller one")

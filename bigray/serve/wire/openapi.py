@@ -1,0 +1,249 @@
+"""The endpoint's own description, made from the bundle manifest: OpenAPI 3.1, with a real row as the example."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from bigray.bundle import BundleManifest
+from bigray.data.features import FeatureSchema
+from bigray.errors import SpecError
+from bigray.serve.wire.binary import DTYPES
+from bigray.serve.wire.bodies import ARROW_FILE, ARROW_STREAM, NPY
+from bigray.serve.wire.images import image_layout
+from bigray.serve.wire.tensors import describe_inputs, describe_outputs
+
+Schema = dict[str, Any]
+
+JSON_TYPE = "application/json"
+TEXT: Schema = {"type": "string"}
+LARGEST = float(np.finfo(np.float32).max)
+NUMBER: Schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
+"""What the model can take: a float32 that is finite."""
+BINARY: Schema = {}
+"""Raw bytes have no schema of JSON."""
+DECIMAL = r"-?[0-9]{1,9}(\.[0-9]{1,20})?(e-[0-9]{1,3})?"
+
+REFUSALS = {
+    "400": "The request does not fit the model or the protocol.",
+    "401": "The endpoint takes API keys, and there was none that is valid.",
+    "403": "The API key is not meant for this.",
+    "404": "No such model, version or route.",
+    "405": "Another method; the header Allow names it.",
+    "408": "The body did not come in time.",
+    "413": "The body, or the picture, is too large.",
+    "415": "A content type or encoding that is not known.",
+    "429": "The API key asks too often; the header Retry-After says when to come again.",
+    "503": "Too much waits already, or the model is not loaded yet; see the header Retry-After.",
+    "504": "The model gave no answer in time.",
+}
+OPEN_REFUSALS = ("400", "404", "405", "413", "503")
+"""Those of a route that takes no key and asks no model."""
+KEYED_REFUSALS = ("400", "401", "403", "404", "405", "413", "429", "503")
+
+
+def openapi_document(manifest: BundleManifest, version: str) -> Schema:
+    """The document served at `/openapi.json`."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": manifest.name,
+            "version": version,
+            "description": f"Predicts '{manifest.outputs.target}' with the model '{manifest.origin.model}'.",
+        },
+        "servers": [{"url": "."}],
+        # a key is needed only where the endpoint has keys
+        "security": [{}, {"bearer": []}, {"key": []}],
+        "paths": _own_paths(manifest) | _protocol_paths(manifest, version),
+        "components": {
+            "schemas": {"Error": _object({"error": TEXT}), "Tensor": _tensor_description()},
+            "responses": {code: _error(text) for code, text in REFUSALS.items()},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def _own_paths(manifest: BundleManifest) -> Schema:
+    anything: Schema = {"type": "object"}
+    page = {"text/html": {"schema": TEXT}, JSON_TYPE: {"schema": anything}}
+    return {
+        "/": {"get": _get("The page to try the model on, or for programs the routes.", page, is_open=True)},
+        "/predict": {"post": _predict_operation(manifest)},
+        "/card": {"get": _get("The model card: what it is, where it came from, how good it is.", anything)},
+        "/stats": {"get": _get("Live numbers of all replicas.", anything)},
+        "/metrics": {"get": _get("The numbers for Prometheus.", {"text/plain": {"schema": TEXT}})},
+        "/openapi.json": {"get": _get("This document.", anything)},
+    }
+
+
+def _protocol_paths(manifest: BundleManifest, version: str) -> Schema:
+    """The routes of the Open Inference Protocol; those of a model come with and without a version."""
+    server = _object({"name": TEXT, "version": TEXT, "extensions": _list(TEXT)})
+    index = _list({"type": "object", "required": ["name", "state"], "properties": {"name": TEXT, "version": TEXT}})
+    paths: Schema = {
+        "/v2": {"get": _get("The server.", server, is_open=True)},
+        "/v2/health/live": {"get": _get("Whether it runs.", _flag_document("live"), is_open=True)},
+        "/v2/health/ready": {"get": _get("Whether it answers.", _flag_document("ready"), is_open=True)},
+        "/v2/repository/index": {"post": _get("The models that are served here.", index)},
+    }
+    model = f"/v2/models/{quote(manifest.name)}"
+    return (
+        paths | _model_paths(model, manifest, []) | _model_paths(f"{model}/versions/{{version}}", manifest, [version])
+    )
+
+
+def _model_paths(root: str, manifest: BundleManifest, versions: list[str]) -> Schema:
+    ready = _object({"name": TEXT, "ready": {"type": "boolean"}})
+    operations: Schema = {
+        root: {"get": _get("The model's input and output tensors.", _model_description())},
+        f"{root}/ready": {"get": _get("Whether the model answers.", ready, is_open=True)},
+        f"{root}/config": {"get": _get("The model, as Triton's clients ask for it.", {"type": "object"})},
+        f"{root}/infer": {"post": _infer_operation(manifest)},
+    }
+    parameters = [_version_parameter(version) for version in versions]
+    return {path: {"parameters": parameters} | item if parameters else item for path, item in operations.items()}
+
+
+def _version_parameter(version: str) -> Schema:
+    return {
+        "name": "version",
+        "in": "path",
+        "required": True,
+        "description": "A version in memory: the live one, the one before, or a candidate.",
+        "schema": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
+        "example": version,
+    }
+
+
+def _predict_operation(manifest: BundleManifest) -> Schema:
+    columns = {column.name: _array(NUMBER, column.shape) for column in manifest.inputs.columns}
+    records = {"type": "array", "minItems": 1, "items": _object(columns)}
+    answer = _object({"model": TEXT, "version": TEXT, "predictions": _list(_prediction_schema(manifest))})
+    json_body = {"schema": _object({"records": records}), "example": {"records": [manifest.example]}}
+    raw = [ARROW_STREAM, ARROW_FILE, NPY, *(["image/png", "image/jpeg"] if _takes_images(manifest) else [])]
+    bodies = {JSON_TYPE: json_body} | _csv_body(manifest) | {kind: {"schema": BINARY} for kind in raw}
+    answers = {JSON_TYPE: {"schema": answer}} | {kind: {"schema": BINARY} for kind in (ARROW_STREAM, NPY)}
+    return _post("One prediction for each row, in order.", bodies, answers)
+
+
+def _csv_body(manifest: BundleManifest) -> Schema:
+    """A header and at least one row: columns of numbers can be told as a pattern."""
+    schema = manifest.inputs
+    names = [column.name for column in schema.columns]
+    if schema.is_tensor or not all(name.isidentifier() for name in names):
+        return {} if schema.is_tensor else {"text/csv": {"schema": TEXT}}
+    row = ",".join(str(float(manifest.example[name])) for name in names)
+    pattern = rf"^{','.join(names)}\n({','.join([DECIMAL] * len(names))}\n){{1,4}}$"
+    return {"text/csv": {"schema": {"type": "string", "pattern": pattern}, "example": f"{','.join(names)}\n{row}\n"}}
+
+
+def _infer_operation(manifest: BundleManifest) -> Schema:
+    tensor = _object({"name": TEXT, "datatype": {"enum": list(DTYPES)}, "shape": _list({"type": "integer"})})
+    tensor["properties"] |= {"data": {"type": "array"}, "parameters": {"type": "object"}}
+    if manifest.inputs.is_tensor:
+        tensor["properties"]["name"] = {"const": manifest.inputs.tensor_name}
+    requested = _object({"name": {"enum": [output["name"] for output in describe_outputs(manifest.outputs)]}})
+    most = 1 if manifest.inputs.is_tensor else max(1, len(manifest.inputs.columns))
+    body = _object({"inputs": _list(tensor, least=1, most=most)})
+    body["properties"] |= {"id": TEXT, "outputs": _list(requested), "parameters": {"type": "object"}}
+    output = _object({"name": TEXT, "datatype": TEXT, "shape": _list({"type": "integer"})})
+    answer = _object({"model_name": TEXT, "model_version": TEXT, "outputs": _list(output)})
+    answer["properties"]["id"] = TEXT
+    example = {"inputs": [_example_tensor(manifest.inputs, manifest.example)]}
+    binary = {"application/octet-stream": {"schema": BINARY}}
+    operation = _post(
+        "Open Inference Protocol v2: tensors as JSON, or raw behind a JSON header.",
+        {JSON_TYPE: {"schema": body, "example": example}} | binary,
+        {JSON_TYPE: {"schema": answer}} | binary,
+    )
+    operation["parameters"] = [
+        {
+            "name": "Inference-Header-Content-Length",
+            "in": "header",
+            "description": "Bytes of JSON before the raw tensors.",
+            "schema": {"type": "integer", "minimum": 0},
+        }
+    ]
+    return operation
+
+
+def _example_tensor(schema: FeatureSchema, example: dict[str, Any]) -> Schema:
+    rows = schema.from_records([example])
+    (description,) = describe_inputs(schema)
+    return {**description, "shape": list(rows.shape), "data": rows.reshape(-1).tolist()}
+
+
+def _prediction_schema(manifest: BundleManifest) -> Schema:
+    # a model whose numbers are no longer finite answers with null
+    number: Schema = {"type": ["number", "null"]}
+    if manifest.outputs.task == "regression":
+        return _object({"value": number})
+    probabilities = _array(number, (manifest.outputs.num_outputs,))
+    return _object({"label": {"enum": list(manifest.outputs.class_names)}, "probabilities": probabilities})
+
+
+def _tensor_description() -> Schema:
+    return _object({"name": TEXT, "datatype": TEXT, "shape": _list({"type": "integer"})})
+
+
+def _model_description() -> Schema:
+    tensors = _list({"$ref": "#/components/schemas/Tensor"})
+    return _object({"name": TEXT, "versions": _list(TEXT), "platform": TEXT, "inputs": tensors, "outputs": tensors})
+
+
+def _takes_images(manifest: BundleManifest) -> bool:
+    try:
+        image_layout(manifest)
+    except SpecError:
+        return False
+    return True
+
+
+def _post(summary: str, bodies: Schema, answers: Schema) -> Schema:
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": bodies},
+        "responses": {"200": {"description": summary, "content": answers}} | _refusals(tuple(REFUSALS)),
+    }
+
+
+def _get(summary: str, answer: Schema, *, is_open: bool = False) -> Schema:
+    """An operation without a body; `answer` is a schema of JSON, or the content by its types."""
+    content = answer if any("/" in key for key in answer) else {JSON_TYPE: {"schema": answer}}
+    responses = {"200": {"description": summary, "content": content}}
+    operation: Schema = {"summary": summary, "security": []} if is_open else {"summary": summary}
+    return operation | {"responses": responses | _refusals(OPEN_REFUSALS if is_open else KEYED_REFUSALS)}
+
+
+def _refusals(codes: tuple[str, ...]) -> Schema:
+    return {code: {"$ref": f"#/components/responses/{code}"} for code in codes}
+
+
+def _error(description: str) -> Schema:
+    schema = {"$ref": "#/components/schemas/Error"}
+    return {"description": description, "content": {JSON_TYPE: {"schema": schema}}}
+
+
+def _object(properties: Schema) -> Schema:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _flag_document(name: str) -> Schema:
+    return _object({name: {"type": "boolean"}})
+
+
+def _list(items: Schema, *, least: int | None = None, most: int | None = None) -> Schema:
+    limits = {"minItems": least, "maxItems": most}
+    return {"type": "array", "items": items} | {word: limit for word, limit in limits.items() if limit is not None}
+
+
+def _array(item: Schema, shape: tuple[int, ...]) -> Schema:
+    schema = item
+    for size in reversed(shape):
+        schema = {"type": "array", "minItems": size, "maxItems": size, "items": schema}
+    return schema

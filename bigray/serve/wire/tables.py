@@ -1,0 +1,191 @@
+"""Whole tables as a body: CSV and Arrow IPC. Anybody may send one, so nothing in it is believed unchecked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.ipc
+from numpy.typing import NDArray
+
+from bigray.data.features import Column, FeatureSchema, column_to_numpy
+from bigray.errors import SpecError
+
+FloatArray = NDArray[np.float32]
+
+BROKEN = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, struct.error)
+"""What pyarrow, and the look into its messages, raise on a body that cannot be read."""
+
+FILE_MAGIC = b"ARROW1\0\0"
+EXTENSION_KEY = b"ARROW:extension:name"
+"""Names a field's extension type in a schema. pyarrow calls the type's Python class with the bytes beside it."""
+INERT_KEY = b"ARROW:extension-name"
+TENSOR_METADATA_KEY = b"ARROW:extension:metadata"
+
+OLD_COMPRESSION_KEY = b"ARROW:experimental_compression"
+"""Beside the message, in the way of Arrow 0.17, which is read to this day."""
+
+MESSAGE_HEADER = 2
+RECORD_BATCH_COMPRESSION = 3
+DICTIONARY_DATA = 1
+"""Positions of fields in Arrow's Message, RecordBatch and DictionaryBatch tables (Message.fbs)."""
+
+
+def decode_csv(body: bytes, schema: FeatureSchema) -> FloatArray:
+    """CSV with a header line -> float32 array (rows, *input_shape); columns the model does not know are left out."""
+    if schema.is_tensor:
+        shape = schema.input_shape
+        raise SpecError(f"text/csv: '{schema.tensor_name}' is a tensor of shape {shape}; send JSON, Arrow or .npy")
+    names = [column.name for column in schema.columns]
+    _check_csv_header(body, names)
+    try:
+        table = pa.csv.read_csv(
+            pa.BufferReader(body),
+            # one thread and one block: only so does a message name the row
+            pa.csv.ReadOptions(use_threads=False, block_size=min(len(body) + 1, 2**31 - 1)),
+            convert_options=pa.csv.ConvertOptions(
+                include_columns=names, column_types=dict.fromkeys(names, pa.float64()), null_values=[""]
+            ),
+        )
+    except BROKEN as error:
+        raise SpecError(f"text/csv: {_first_line(error)}") from None
+    for name in names:
+        _refuse_empty_cells(table.column(name), name)
+    return schema.checked(np.stack([table.column(name).to_numpy() for name in names], axis=1))
+
+
+def decode_arrow(body: bytes, schema: FeatureSchema) -> FloatArray:
+    """An Arrow IPC stream or file -> float32 array (rows, *input_shape); columns the model does not know are left out.
+
+    No extension type is instantiated, whatever types this process has registered: a column arrives as its storage.
+    """
+    # a file is a stream between a magic word and an index that is of no use here
+    start = len(FILE_MAGIC) if body.startswith(FILE_MAGIC) else 0
+    source = pa.py_buffer(body.replace(EXTENSION_KEY, INERT_KEY))[start:]
+    try:
+        _refuse_compression(source)
+        table = pa.ipc.open_stream(source).read_all()
+        table.validate(full=True)  # else a false offset reads memory beyond the body
+    except BROKEN as error:
+        raise SpecError(f"Arrow: {_first_line(error)}") from None
+    if table.num_rows * math.prod(schema.input_shape) > len(body):
+        raise SpecError(f"Arrow: {table.num_rows} rows take more than the body's {len(body)} bytes")
+    columns = [_column_values(table, column) for column in schema.columns]
+    return schema.checked(columns[0] if schema.is_tensor else np.stack(columns, axis=1))
+
+
+def _column_values(table: pa.Table, column: Column) -> NDArray[Any]:
+    """One column -> (rows, *shape); a tensor may come as nested lists, or flat as its storage is."""
+    found = table.schema.get_all_field_indices(column.name)
+    if len(found) != 1:
+        known = ", ".join(table.column_names[:20])
+        raise SpecError(f"Arrow: expected one column '{column.name}', got {len(found)}; the columns are: {known}")
+    field = table.schema.field(found[0])
+    _check_type(field.type, column)
+    _check_tensor_shape(field, column)
+    if any(map(_has_nulls, table.column(found[0]).chunks)):
+        raise SpecError(f"Arrow: column '{column.name}' holds nulls")
+    try:
+        values = column_to_numpy(table, column.name)
+    except BROKEN as error:
+        raise SpecError(f"Arrow: column '{column.name}': {_first_line(error)}") from None
+    if values.ndim == 2 and values.shape[1] == math.prod(column.shape):
+        values = values.reshape(-1, *column.shape)
+    if values.shape[1:] != column.shape:
+        raise SpecError(f"Arrow: column '{column.name}' has shape {values.shape[1:]}, expected {column.shape}")
+    return values
+
+
+def _check_type(kind: pa.DataType, column: Column) -> None:
+    inner = kind.value_type if pa.types.is_dictionary(kind) and not column.shape else kind
+    while _is_list(inner) and column.shape:
+        inner = inner.value_type
+    if not (pa.types.is_integer(inner) or pa.types.is_floating(inner)):
+        wanted = f"lists of numbers for shape {column.shape}" if column.shape else "numbers"
+        raise SpecError(f"Arrow: column '{column.name}' is of type {str(kind)[:80]}, expected {wanted}")
+
+
+def _check_tensor_shape(field: pa.Field, column: Column) -> None:
+    """A fixed shape tensor names its shape beside the storage type."""
+    text = (field.metadata or {}).get(TENSOR_METADATA_KEY)
+    if not text:
+        return
+    try:
+        described = json.loads(text)
+        shape, permutation = described["shape"], described.get("permutation") or sorted(range(len(column.shape)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # of another type: its storage counts
+    if shape != list(column.shape) or permutation != list(range(len(column.shape))):
+        raise SpecError(f"Arrow: column '{column.name}' is a tensor of shape {shape!s:.60}, expected {column.shape}")
+
+
+def _has_nulls(array: pa.Array) -> bool:
+    if array.null_count:
+        return True
+    if pa.types.is_dictionary(array.type):
+        return bool(array.dictionary.null_count)
+    return _is_list(array.type) and _has_nulls(array.flatten())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _check_csv_header(body: bytes, names: Sequence[str]) -> None:
+    """Each column exactly once: of two with the same name, pyarrow would take one without a word."""
+    line = body.lstrip(b"\r\n").partition(b"\n")[0]
+    found = next(csv.reader([line.decode("utf-8-sig", "replace").rstrip("\r")], strict=False), [])
+    for name in names:
+        if found.count(name) != 1:
+            listed = ", ".join(found[:20])
+            raise SpecError(f"text/csv: expected one column '{name}' in the header, got: {listed[:200] or 'nothing'}")
+
+
+def _refuse_empty_cells(column: pa.ChunkedArray, name: str) -> None:
+    if column.null_count:
+        row = int(column.is_null().index(True).as_py())
+        raise SpecError(f"text/csv: row {row + 1}: '{name}' is empty")
+
+
+def _refuse_compression(source: pa.Buffer) -> None:
+    """A compressed buffer says itself how much memory is to be taken for it."""
+    for message in pa.ipc.MessageReader.open_stream(source):
+        has_batch = message.type in ("record batch", "dictionary")
+        if has_batch and _is_compressed(message.metadata.to_pybytes(), is_dictionary=message.type == "dictionary"):
+            raise SpecError("Arrow: compressed buffers are not accepted; write without, or gzip the whole body")
+
+
+def _is_compressed(metadata: bytes, *, is_dictionary: bool) -> bool:
+    """Whether a message's batch has the field `compression`, which pyarrow does not show."""
+    if OLD_COMPRESSION_KEY in metadata:
+        return True
+    batch = _follow(metadata, _field(metadata, _follow(metadata, 0), MESSAGE_HEADER))
+    if is_dictionary:
+        batch = _follow(metadata, _field(metadata, batch, DICTIONARY_DATA))
+    return _field(metadata, batch, RECORD_BATCH_COMPRESSION) != 0
+
+
+def _field(buffer: bytes, table: int, index: int) -> int:
+    """Where a flatbuffer table's field is; 0 where the table has none."""
+    vtable = table - int(struct.unpack_from("<i", buffer, table)[0])
+    slot = 4 + 2 * index
+    if slot >= struct.unpack_from("<H", buffer, vtable)[0]:
+        return 0
+    offset = int(struct.unpack_from("<H", buffer, vtable + slot)[0])
+    return table + offset if offset else 0
+
+
+def _follow(buffer: bytes, position: int) -> int:
+    return position + int(struct.unpack_from("<I", buffer, position)[0])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:200]
