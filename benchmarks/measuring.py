@@ -1,4 +1,4 @@
-"""What the training benchmarks share: processes with a clean environment, stamps written by models, tables."""
+"""What the benchmarks share: processes with a clean environment, stamps written by models, tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,22 @@ def spread(values: Sequence[float], unit: str = "{:.3f}") -> tuple[str, str, str
     return tuple(unit.format(value) for value in (statistics.median(values), min(values), max(values)))  # type: ignore[return-value]
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+def versions_of(packages: Sequence[str]) -> str:
+    """Of those that are installed."""
+    found = []
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    note: str = "",
+    packages: Sequence[str] = ("bigray", "ray", "torch", "numpy"),
+) -> None:
     """The figures, and what they were measured on."""
     from rich.console import Console
     from rich.markup import escape
@@ -151,7 +166,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
     if note:
         console.print(note)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("bigray", "ray", "torch", "numpy"))
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    console.print(f"{versions}, Python {platform.python_version()}")
+    console.print(f"{versions_of(packages)}, Python {platform.python_version()}")
     console.print(f"{os.cpu_count()} CPUs, {platform.platform()}; load over the last 1, 5 and 15 minutes {load}")

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -161,7 +162,7 @@ class ModelBundle:
     version: str
     """First 12 hex digits of the weights' SHA-256: names what is being served."""
     golden: Golden | None = field(default=None, compare=False)
-    """None where the module had no answer on the machine that exported it; such a bundle is not served."""
+    """None where the module had no answer that could be served when it was exported; such a bundle is not served."""
     sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
     """Bytes of each file, the holdout's too."""
 
@@ -306,7 +307,7 @@ def _unpack(data: bytes, place: str) -> list[tuple[str, Mapping[str, Any]]]:
         if data.startswith((_PICKLE, _ZIP)):
             kind = "it begins like a pickle or a torch file, which may carry code and is never opened; "
         raise StorageError(f"{place}: not a safetensors file: {kind}{_first_line(error)}") from None
-    return tensors
+    return sorted(tensors, key=itemgetter(0))  # the library gives them in any order
 
 
 def _is_finite(tensor: Mapping[str, Any]) -> bool:

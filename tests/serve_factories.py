@@ -59,7 +59,7 @@ class _Changed(nn.Module):
         return self._change(self._inner[0](x))
 
 
-def slow(input_shape: Shape, num_outputs: int, seconds: float = 0.03) -> nn.Module:
+def slow(input_shape: Shape, num_outputs: int, seconds: float = 0.08) -> nn.Module:
     def late(outputs: torch.Tensor) -> torch.Tensor:
         time.sleep(seconds)
         return outputs
@@ -78,12 +78,11 @@ def right_once(input_shape: Shape, num_outputs: int) -> nn.Module:
 
 
 def dies_when_asked(input_shape: Shape, num_outputs: int) -> nn.Module:
-    """Loads well, and takes its process with it at the first single row after the 32 golden ones have come over HTTP."""
-    calls = {"golden": 0}
+    """Loads and checks itself well; its process ends when the golden rows come a second time, over HTTP."""
+    golden = iter((False, True))
 
     def last(outputs: torch.Tensor) -> torch.Tensor:
-        calls["golden"] += len(outputs) == 32
-        if calls["golden"] >= 2:
+        if len(outputs) == 32 and next(golden):
             os._exit(9)
         return outputs
 

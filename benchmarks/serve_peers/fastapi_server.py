@@ -3,7 +3,7 @@
 import sys
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from model import TorchModel
 from pydantic import BaseModel
 
@@ -22,6 +22,11 @@ app = FastAPI()
 @app.post("/predict")
 async def predict(body: Body) -> dict:
     return {"predictions": app.state.model([record.image for record in body.records])}
+
+
+@app.post("/raw")
+async def predict_raw(request: Request) -> Response:
+    return Response(app.state.model.raw(await request.body()), media_type="application/octet-stream")
 
 
 if __name__ == "__main__":

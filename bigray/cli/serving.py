@@ -273,7 +273,7 @@ def _read_mode(canary: str | None, shadow: bool, requests: int, max_minutes: flo
     if canary is not None and shadow:
         faults.append("--canary: answers requests, --shadow answers none; give one of the two")
     share = _read_share(canary, faults) if canary is not None else 0.0
-    if max_minutes <= 0:
+    if not max_minutes > 0:  # nor NaN
         faults.append(f"--max-minutes: use a number above 0, got {max_minutes:g}")
     raise_faults(faults)
     if canary is None and not shadow:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ of a larger one the connection is closed."""
 TICK_S = 0.2
 ID_BYTES = 8
 LONGEST_ID = 128
+MOST_HEADERS, MOST_HEADER_BYTES = 128, 64 * 1024
 
 # Serve sends this logger to the replica's own log file
 _logger = logging.getLogger("ray.serve")
@@ -96,6 +97,7 @@ class ModelApp:
         await _send_answer(send, answer, exchange.answer_headers(self._store))
 
     async def _answer(self, exchange: _Exchange, receive: Receive) -> Answer:
+        _check_headers(exchange.scope["headers"])
         route = self._router.find(exchange.path, exchange.method)
         exchange.route = route.kind
         if route.kind in MODEL_ROUTES:
@@ -123,14 +125,14 @@ class ModelApp:
         return question.encode(predictions, exchange.answered)
 
     async def _read_body(self, exchange: _Exchange, receive: Receive) -> bytes:
-        message = await receive()
-        body: bytes = message.get("body", b"")
-        if message.get("more_body", False):
-            try:
-                async with asyncio.timeout(self._limits.body_timeout_s):
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                message = await receive()  # of a body that was announced, nothing may ever come
+                body: bytes = message.get("body", b"")
+                if message.get("more_body", False):
                     body = await self._read_rest(exchange, receive, body)
-            except TimeoutError:
-                raise Refusal(408, f"body: not complete within {self._limits.body_timeout_s:g} s", _CLOSE) from None
+        except TimeoutError:
+            raise Refusal(408, f"body: not complete within {self._limits.body_timeout_s:g} s", _CLOSE) from None
         exchange.body_bytes = len(body)
         if len(body) > self._limits.max_body_bytes:
             raise self._too_large(len(body))
@@ -271,6 +273,12 @@ async def _send_answer(send: Send, answer: Answer, headers: Headers) -> None:
     sent = ((b"content-type", answer.content_type), length, *headers, *answer.headers)
     await send({"type": "http.response.start", "status": answer.status, "headers": sent})
     await send({"type": "http.response.body", "body": answer.body})
+
+
+def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """HAProxy has limits of its own; a replica can be reached without it, and its HTTP parser has none."""
+    if len(headers) > MOST_HEADERS or sum(len(name) + len(value) for name, value in headers) > MOST_HEADER_BYTES:
+        raise Refusal(431, f"headers: more than {MOST_HEADERS}, or {MOST_HEADER_BYTES // 1024} kB of them", _CLOSE)
 
 
 def _error(status: int, message: str, headers: Headers = ()) -> Answer:

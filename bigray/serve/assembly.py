@@ -22,7 +22,9 @@ from bigray.serve.observe.stats import StatsHistory
 from bigray.serve.observe.telemetry import Telemetry
 from bigray.serve.protect.guard import Guard
 from bigray.serve.release.record import ReplicaReport
+from bigray.serve.rollout import total
 from bigray.serve.routes import Router
+from bigray.serve.steward import SILENT_S
 from bigray.serve.store import ModelStore, OtherModel
 
 Reports = Callable[[], Sequence[ReplicaReport]]
@@ -30,9 +32,6 @@ Reports = Callable[[], Sequence[ReplicaReport]]
 
 REUSED_S = 0.9
 """The numbers of all replicas are read at most about once a second, however many ask."""
-
-SILENT_S = 10.0
-"""A replica that has not reported for so long is gone."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,13 @@ class _Numbers:
     def __init__(self, telemetry: Telemetry, replica: str, reports: Reports | None) -> None:
         self._telemetry, self._replica, self._reports = telemetry, replica or "local", reports
         self._history = StatsHistory()
-        self._others: Mapping[str, Mapping[str, Any]] = {}
+        self._reported: Sequence[ReplicaReport] = ()
         self._read_at = float("-inf")
         self._lock = asyncio.Lock()
 
     async def stats(self) -> Answer:
-        return Answer(orjson.dumps(self._history.summary(await self._snapshots())))
+        document = self._history.summary(await self._snapshots())
+        return Answer(orjson.dumps(document | {"comparison": _compared(self._reported)}))
 
     async def metrics(self) -> Answer:
         return Answer(render_prometheus(await self._snapshots()), CONTENT_TYPE)
@@ -123,11 +123,25 @@ class _Numbers:
     async def _snapshots(self) -> dict[str, Mapping[str, Any]]:
         async with self._lock:
             if self._reports is not None and time.monotonic() - self._read_at > REUSED_S:
-                self._others = await asyncio.to_thread(self._read_reports)
+                self._reported = await asyncio.to_thread(self._read_reports)
                 self._read_at = time.monotonic()
-        return {**self._others, self._replica: self._telemetry.snapshot()}
+        others = {report.replica: report.telemetry for report in self._reported}
+        return {**others, self._replica: self._telemetry.snapshot()}
 
-    def _read_reports(self) -> dict[str, Mapping[str, Any]]:
+    def _read_reports(self) -> list[ReplicaReport]:
         assert self._reports is not None, "asked only where there are reports"
         now = time.time()
-        return {report.replica: report.telemetry for report in self._reports() if now - report.at < SILENT_S}
+        return [report for report in self._reports() if now - report.at < SILENT_S]
+
+
+def _compared(reports: Sequence[ReplicaReport]) -> dict[str, Any] | None:
+    """What all replicas have seen of a canary or shadow; None where none is under way."""
+    if all(report.comparison is None for report in reports):
+        return None
+    seen = total(reports)
+    sides = {"live": seen.live, "candidate": seen.candidate}
+    return {
+        "compared_rows": seen.compared_rows,
+        "disagreeing_rows": seen.disagreeing_rows,
+        **{name: {"requests": side.requests, "errors": side.errors} for name, side in sides.items()},
+    }

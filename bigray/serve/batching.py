@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -97,6 +98,11 @@ class Batcher:
         return len(self._queue)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return not self._busy
+
+    @property
     def seconds_per_row(self) -> float:
         """As last measured, in whatever batches came."""
         return self._seconds_per_row
@@ -146,7 +152,7 @@ class Batcher:
                 waiting.future.set_exception(Refusal(504, f"no answer within {timeout_s:g} s"))
 
     def close(self) -> None:
-        """Let the model's thread end once its batches are answered."""
+        """Let the model's thread end once its batches are answered; any thread may call it."""
         if self._thread is not None:
             self._thread.shutdown(wait=False)
 
@@ -156,7 +162,7 @@ class Batcher:
             self._busy = False
         elif self._thread is not None:
             self._begin(batch)
-            self._thread.submit(self._work, loop, batch)
+            self._hand_over(self._thread, loop, batch)
         else:
             deliver(batch, self._timed(batch))
             loop.call_soon(self._start_batch, loop)
@@ -183,6 +189,12 @@ class Batcher:
         self._in_model = batch
         if self._on_begin is not None:
             self._on_begin()
+
+    def _hand_over(self, pool: ThreadPoolExecutor, loop: asyncio.AbstractEventLoop, batch: list[_Waiting]) -> None:
+        try:
+            pool.submit(self._work, loop, batch)
+        except RuntimeError:  # closed meanwhile; whoever had found this model before is answered all the same
+            threading.Thread(target=self._work, args=(loop, batch), name="bigray-model-last", daemon=True).start()
 
     def _work(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting]) -> None:
         answers = self._timed(batch)

@@ -73,7 +73,9 @@ class SideBySide:
         stats, start = self._stats[model.version], time.perf_counter()
         try:
             predictions = await model.submit(rows)
-        except Refusal:
+        except Refusal as refusal:
+            if refusal.status == 504:  # it hangs, or is far too slow; a full queue is no fault of the version
+                stats.add(len(rows), time.perf_counter() - start, failed=True)
             raise
         except Exception:
             stats.add(len(rows), time.perf_counter() - start, failed=True)

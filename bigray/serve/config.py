@@ -254,7 +254,7 @@ class ServeSpec(_Section):
     def with_args(self, **changes: Any) -> ServeSpec:
         """The same file with other keys of its `args`."""
         application = self.application
-        args = application.args.model_copy(update=changes)
+        args = BundleArgs.model_validate(application.args.model_dump(exclude_unset=True) | changes)
         return self.model_copy(update={"applications": (application.model_copy(update={"args": args}),)})
 
     def with_port(self, port: int) -> ServeSpec:

@@ -19,7 +19,7 @@ from bigray.serve.store import ModelStore
 
 FloatArray = NDArray[np.float32]
 
-OK, FAILED = 200, 500
+OK, FAILED, OVERLOADED = 200, 500, 503
 
 
 class GrpcBackend:
@@ -69,7 +69,8 @@ class AskedModel:
             status = OK
         except Refusal as refusal:
             status = refusal.status
-            self._telemetry.shed(self._model.name)
+            if status == OVERLOADED:
+                self._telemetry.shed(self._model.name)
             raise
         finally:
             self._telemetry.ongoing(-1)

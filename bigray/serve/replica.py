@@ -67,4 +67,5 @@ class Model(InferenceMethods):
 
 
 def _num_cpus() -> float:
-    return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)) or 1.0
+    """CPUs that this process can keep busy: Ray's share is no limit, and an event loop alone fills one."""
+    return max(1.0, float(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)))

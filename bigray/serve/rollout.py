@@ -35,6 +35,8 @@ from bigray.serve.release.registry import Registry, update
 
 POLL_S = 0.1
 BEAT_S = 1.0
+TAKE_BACK_S = 3.0
+"""How long is waited for the replicas to let a candidate go; they do it by themselves, sooner or later."""
 
 Replicas = Callable[[], frozenset[str]]
 """Ids of the replicas that Serve has running now."""
@@ -81,14 +83,14 @@ class Channel:
     def begin(self, release: Release, why: str) -> None:
         """The first version of an application; what an earlier one of this name left is forgotten."""
         self._registry.clear()
-        self._registry.write(initial(release, _utc_now(), why))
+        self._write_first(initial(release, _utc_now(), why))
 
     def succeed(self, before: ChannelState, release: Release, why: str, *, is_forced: bool) -> None:
         """Go on with the history of a channel whose replicas are replaced by others, each with one version."""
         rollout = Rollout(kind="load", release=release)
         after = promote(propose(before, rollout), _utc_now(), why, is_forced=is_forced)
         fields = {"revision": self._registry.revision() + 1, "previous": None, "replaced": before.live}
-        self._registry.write(after.model_copy(update=fields))
+        self._write_first(after.model_copy(update=fields))
 
     def forget(self) -> None:
         """Remove all that is stored of it."""
@@ -106,17 +108,18 @@ class Channel:
             DeployError: a replica could not load it, or what was seen of it was not good enough.
         """
         rollout = Rollout(kind=mode.kind, release=release, share=mode.share)
-        update(self._registry, lambda state: propose(state, rollout))
+        proposed = update(self._registry, lambda state: propose(state, rollout))
         try:
-            self._wait_until_ready(release, timeout_s, watch)
+            self._wait_until_ready(proposed, release, timeout_s, watch)
             verdict = Verdict(action="promote", why=why)
             if mode.kind != "load":
-                verdict = self._watch_traffic(mode, watch)
+                verdict = self._watch_traffic(release, mode, watch)
             if verdict.action == "roll back":
+                self._take_back(release, verdict.why)
                 raise DeployError(f"version {release.version}: {verdict.why}; rolled back, the live version went on")
-            self._settle(verdict, is_forced)
+            self._settle(release, verdict, is_forced)
         except BaseException as error:
-            self._take_back(release, error)
+            self._take_back(release, str(error) if isinstance(error, Exception) else "interrupted")
             raise
         if verdict.action == "promote":
             self._wait_until_live(release, timeout_s, watch)
@@ -128,25 +131,35 @@ class Channel:
         self._wait_until_live(state.live, timeout_s, watch)
         return state
 
-    def _settle(self, verdict: Verdict, is_forced: bool) -> None:
-        if verdict.action == "promote":
-            update(self._registry, lambda state: promote(state, _utc_now(), verdict.why, is_forced=is_forced))
-        else:
-            update(self._registry, lambda state: finish(state, _utc_now(), verdict.why))
+    def _write_first(self, state: ChannelState) -> None:
+        if not self._registry.write(state):
+            raise DeployError(f"application '{self._registry.app}': another deployment of it was faster; try again")
 
-    def _take_back(self, release: Release, error: BaseException) -> None:
-        why = str(error) if isinstance(error, Exception) else "interrupted"
-
+    def _settle(self, release: Release, verdict: Verdict, is_forced: bool) -> None:
         def end(state: ChannelState) -> ChannelState:
-            is_ours = state.rollout is not None and state.rollout.release == release
-            return abort(state, _utc_now(), why) if is_ours else state
+            _check_ours(state, release)
+            if verdict.action == "promote":
+                return promote(state, _utc_now(), verdict.why, is_forced=is_forced)
+            return finish(state, _utc_now(), verdict.why)
 
         update(self._registry, end)
 
-    def _wait_until_ready(self, release: Release, timeout_s: float, watch: Watch) -> None:
+    def _take_back(self, release: Release, why: str) -> None:
+        """End the rollout; where it is over already, nothing is changed."""
+
+        def end(state: ChannelState) -> ChannelState:
+            return abort(state, _utc_now(), why) if _is_ours(state, release) else state
+
+        ended = update(self._registry, end)
+        deadline = time.monotonic() + TAKE_BACK_S
+        while time.monotonic() < deadline and any(one.revision < ended.revision for one in self.reports()):
+            time.sleep(POLL_S)
+
+    def _wait_until_ready(self, proposed: ChannelState, release: Release, timeout_s: float, watch: Watch) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
-            running, reports = self._replicas(), self.reports()
+            running = self._replicas()
+            reports = [report for report in self.reports() if report.revision >= proposed.revision]
             if failed := next((one for one in reports if one.candidate == "failed"), None):
                 raise DeployError(f"version {release.version}: replica {failed.replica} cannot load it: {failed.why}")
             ready = {report.replica for report in reports if release.version in report.loaded}
@@ -154,10 +167,10 @@ class Channel:
             if running and ready >= running:
                 return
             _check(deadline, f"version {release.version}: {len(ready)} of {len(running)} replicas have loaded it")
-            self._beat()
+            self._beat(release)
             time.sleep(POLL_S)
 
-    def _watch_traffic(self, mode: Mode, watch: Watch) -> Verdict:
+    def _watch_traffic(self, release: Release, mode: Mode, watch: Watch) -> Verdict:
         assert mode.kind != "load", "only a canary or a shadow sees traffic before it is decided on"
         started = time.monotonic()
         while True:
@@ -168,7 +181,7 @@ class Channel:
             verdict = judge(mode.kind, comparison, mode.limits, elapsed_s)
             if verdict.action != "wait":
                 return verdict
-            self._beat()
+            self._beat(release)
             time.sleep(POLL_S)
 
     def _wait_until_live(self, release: Release, timeout_s: float, watch: Watch) -> None:
@@ -182,11 +195,16 @@ class Channel:
             _check(deadline, f"version {release.version}: live in {len(switched)} of {len(running)} replicas")
             time.sleep(POLL_S)
 
-    def _beat(self) -> None:
+    def _beat(self, release: Release) -> None:
         """Tell the replicas, now and then, that the rollout is watched; `DeployError` where somebody has ended it."""
+
+        def step(state: ChannelState) -> ChannelState:
+            _check_ours(state, release)
+            return beat(state)
+
         if time.monotonic() - self._last_beat > BEAT_S:
             self._last_beat = time.monotonic()
-            update(self._registry, beat)
+            update(self._registry, step)
 
 
 def total(reports: Sequence[ReplicaReport]) -> Comparison:
@@ -196,6 +214,17 @@ def total(reports: Sequence[ReplicaReport]) -> Comparison:
         if report.comparison is not None:
             combined = combined.plus(report.comparison)
     return combined
+
+
+def _is_ours(state: ChannelState, release: Release) -> bool:
+    return state.rollout is not None and state.rollout.release == release
+
+
+def _check_ours(state: ChannelState, release: Release) -> None:
+    """Another rollout may have begun since ours was ended; it is not ours to go on with."""
+    if state.rollout is not None and not _is_ours(state, release):
+        other = state.rollout.release.version
+        raise DeployError(f"version {release.version}: its rollout was ended from elsewhere; {other} is on its way now")
 
 
 def _check(deadline: float, text: str) -> None:

@@ -119,8 +119,7 @@ def deploy(
     """
     watch, args = watch or DeployWatch(), spec.application.args
     check_exposure(spec.http_options.host, args.keys is not None, is_open or args.open)
-    if is_open:
-        spec = spec.with_args(open=True)
+    spec = _with_absolute_places(spec.with_args(open=True) if is_open else spec)
     location = absolute_location(bundle)
     check_factory(ModelBundle.load(location), args.allow_factories)
     name = spec.application.name
@@ -173,7 +172,7 @@ def known_versions() -> dict[str, str]:
 def resolved_config(bundle: str, spec: ServeSpec) -> dict[str, Any]:
     """The native file with the bundle, a port and the fast path's settings filled in, for `serve run` and Git."""
     port = spec.http_options.port or free_port(0)
-    document = spec.with_bundle(absolute_location(bundle)).with_port(port).to_native()
+    document = _with_absolute_places(spec.with_bundle(absolute_location(bundle)).with_port(port)).to_native()
     document["controller_options"] = {"runtime_env": {"env_vars": controller_environment(spec, port)}}
     return document
 
@@ -209,6 +208,15 @@ def delete(name: str) -> None:
 def absolute_location(bundle: str) -> str:
     """The bundle's location as a replica can open it: replicas do not run in the user's folder."""
     return bundle if "://" in bundle else str(Path(bundle).expanduser().absolute())
+
+
+def _with_absolute_places(spec: ServeSpec) -> ServeSpec:
+    """Files that the replicas read and write, as they find them: they do not run in the user's folder."""
+    args = spec.application.args
+    places = {name: absolute_location(place) for name in ("keys", "access_log") if (place := getattr(args, name))}
+    models = [entry.model_copy(update={"bundle": absolute_location(entry.bundle)}) for entry in args.models]
+    others = {"models": [entry.model_dump() for entry in models]} if models else {}
+    return spec.with_args(**places, **others) if places or others else spec
 
 
 @dataclass(frozen=True)

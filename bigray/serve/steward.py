@@ -32,6 +32,10 @@ from bigray.serve.store import ModelStore, View
 POLL_S = 0.25
 REPORT_S = 1.0
 KEYS_S = 2.0
+SILENT_S = 10.0
+"""A replica that has not reported for so long is gone."""
+RETRY_S = 10.0
+"""After which a live version that could not be loaded is tried again."""
 STALE_S = 15.0
 """A canary or shadow whose watcher has not been heard for so long gets no traffic any more."""
 
@@ -67,6 +71,7 @@ class Steward:
         self._state: ChannelState | None = None
         self._failed: dict[str, str] = {}  # why a version could not be loaded, by version
         self._loading = ""
+        self._tried_at = 0.0
         self._heartbeat = _Heartbeat()
         self._sequence = 0
         self._stopped = threading.Event()
@@ -96,25 +101,33 @@ class Steward:
                 self.report()
                 if time.monotonic() - checked_keys > KEYS_S:
                     checked_keys = time.monotonic()
-                    self._guard.reload()
+                    self._keep_keys()
             except Exception as error:  # as above
                 _logger.warning("bigray: a report could not be written: %s", last_line(error))
 
+    def _keep_keys(self) -> None:
+        """Read the key file again, and share each key's rate with the other replicas."""
+        if self._guard.is_open:
+            return
+        self._guard.reload()
+        recent = time.time() - SILENT_S
+        self._guard.set_replicas(max(1, sum(report.at > recent for report in self._registry.reports())))
+
     def step(self, now: float) -> None:
         """Look at the channel's state once and do what it asks for."""
+        if self._state is not None and self._registry.revision() == self._state.revision:
+            self._try_live_again(self._state, now)
+            self._show(self._state, self._heartbeat.hears(self._state.rollout, now))
+            return
         state = self._registry.read()
         if state is None:
             live = self._store.view.live
             self._registry.write(initial(Release(version=live.version, bundle=live.bundle), _utc_now()))
             return
-        is_fresh = self._heartbeat.hears(state.rollout, now)
-        if self._state is None or state.revision != self._state.revision:
-            self._hold(state)
-            self._state = state
-            self._show(state, is_fresh)
-            self.report()
-        else:
-            self._show(state, is_fresh)
+        self._hold(state)
+        self._state = state
+        self._show(state, self._heartbeat.hears(state.rollout, now))
+        self.report()
 
     def report(self) -> None:
         """Write down what this replica does, for whoever deploys, scales or looks."""
@@ -158,6 +171,15 @@ class Steward:
             finally:
                 self._loading = ""
 
+    def _try_live_again(self, state: ChannelState, now: float) -> None:
+        """A replica that could not load what is live everywhere else must not stay behind for a passing fault."""
+        if state.live.version not in self._failed:
+            self._tried_at = now
+        elif now - self._tried_at >= RETRY_S:
+            self._tried_at = now
+            del self._failed[state.live.version]
+            self._hold(state)
+
     def _keep(self, model: LoadedModel) -> None:
         view = self._store.view
         self._store.set_view(View(view.live, {**view.held, model.version: model}, view.rollout, view.side_by_side))
@@ -195,6 +217,8 @@ class Steward:
         return rollout, SideBySide(rollout.kind, live, candidate)
 
     def _candidate_state(self, state: ChannelState | None, view: View) -> tuple[str, str]:
+        if self._loading:
+            return "loading", ""
         if state is None or state.rollout is None:
             return "none", ""
         version = state.rollout.release.version

@@ -7,14 +7,15 @@ before. Other models of the serve file are loaded when they are first asked for,
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigray.errors import BigrayError
+from bigray.errors import last_line
 from bigray.inference import Predictions
 from bigray.serve.compare import SideBySide
 from bigray.serve.http import Refusal
@@ -22,6 +23,9 @@ from bigray.serve.loaded import LoadedModel
 from bigray.serve.release.record import Rollout, routes_to_candidate
 
 FloatArray = NDArray[np.float32]
+
+# Serve sends this logger to the replica's own log file
+_logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class ModelStore:
         self, live: LoadedModel, others: Mapping[str, OtherModel] | None = None, memory_bytes: int | None = None
     ) -> None:
         self._view = View(live, {live.version: live})
+        self._leaving: tuple[LoadedModel, ...] = ()
         self._others = dict(others or {})
         self._shelf = Shelf(self._others, memory_bytes)
 
@@ -62,16 +67,17 @@ class ModelStore:
     def set_view(self, view: View) -> None:
         """Switch, in one assignment; versions that are held no more let go of their threads."""
         before, self._view = self._view, view
-        for version, model in before.held.items():
-            if version not in view.held:
-                model.close()
+        gone = [model for version, model in before.held.items() if version not in view.held]
+        for model in gone:
+            model.close()
+        self._leaving = (*_still_asked(self._leaving), *gone)
 
     def names(self) -> tuple[str, ...]:
         return (self._view.live.name, *self._others)
 
     def loaded(self) -> tuple[LoadedModel, ...]:
-        """Every version of every model in memory."""
-        return (*self._view.held.values(), *self._shelf.models())
+        """Every version of every model in memory, and those let go that somebody still waits for."""
+        return (*self._view.held.values(), *self._shelf.models(), *_still_asked(self._leaving))
 
     def live(self, name: str | None = None) -> LoadedModel:
         """The version that answers where nothing else is asked for; of another model, only if it is loaded."""
@@ -138,11 +144,13 @@ class Shelf:
         self._others, self._memory_bytes = others, memory_bytes
         self._loaded: dict[str, LoadedModel] = {}  # in the order of their last use
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._leaving: tuple[LoadedModel, ...] = ()
         self._lock = threading.Lock()
 
     def models(self) -> tuple[LoadedModel, ...]:
+        """In memory; those let go as well while somebody waits for them."""
         with self._lock:
-            return tuple(self._loaded.values())
+            return (*self._loaded.values(), *_still_asked(self._leaving))
 
     def peek(self, name: str) -> LoadedModel | None:
         return self._loaded.get(name)
@@ -167,12 +175,16 @@ class Shelf:
     async def _load(self, name: str) -> None:
         try:
             model = await asyncio.to_thread(self._others[name].load)
-        except BigrayError:
-            raise Refusal(503, f"model '{name}': cannot be loaded; the replica's log has the reason") from None
+        except Exception as error:  # whatever a user's factory raises
+            _logger.warning("bigray: model '%s' could not be loaded: %s", name, last_line(error))
+            message = f"model '{name}': cannot be loaded; the replica's log has the reason"
+            raise Refusal(503, message, ((b"retry-after", b"10"),)) from None
         with self._lock:
             self._loaded[name] = model
-            for evicted in self._over_budget(keep=name):
-                self._loaded.pop(evicted).close()
+            gone = [self._loaded.pop(each) for each in self._over_budget(keep=name)]
+            for evicted in gone:
+                evicted.close()
+            self._leaving = _still_asked((*self._leaving, *gone))
 
     def _over_budget(self, keep: str) -> list[str]:
         if self._memory_bytes is None:
@@ -187,9 +199,8 @@ class Shelf:
         return evicted
 
 
-def without_rollout(view: View) -> View:
-    """The same versions in memory, and all traffic on the live one."""
-    return replace(view, rollout=None, side_by_side=None)
+def _still_asked(models: Iterable[LoadedModel]) -> tuple[LoadedModel, ...]:
+    return tuple(model for model in models if not model.batcher.is_idle)
 
 
 def _unknown(name: str) -> Refusal:

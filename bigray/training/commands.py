@@ -87,7 +87,7 @@ class ExportBundle:
     manifest: BundleManifest
     stack: str | None = None
     """As for `TrainTo`."""
-    holdout: bytes | None = None
+    holdout: bytes | None = field(default=None, repr=False)
     """The sealed rows as they go into the bundle: workers have no others of them."""
 
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from bigray.bundle import GOLDEN_ROWS, BundleManifest, Golden, ModelCard, OutputSchema, save_bundle
 from bigray.data.dataset import Targets
-from bigray.data.preprocessing import Preprocessing
 from bigray.errors import StorageError
 from bigray.models import build_model
 from bigray.paths import BUNDLE, RunPaths
@@ -63,7 +62,7 @@ def export_bundle(
     )
     module.load_state_dict(weights)
     onnx, why_no_onnx = _export_onnx(module.eval(), sample[:CHECKED_ROWS])
-    golden = _ask_golden(module, sample, manifest.preprocessing)
+    golden = _ask_golden(module, sample, manifest)
     card = (manifest.card or ModelCard()).model_copy(
         update={"num_parameters": sum(parameter.numel() for parameter in module.parameters())}
     )
@@ -74,19 +73,20 @@ def export_bundle(
     return Exported(paths.bundle.uri, why_no_onnx)
 
 
-def _ask_golden(module: torch.nn.Module, sample: NDArray[np.float32], preprocessing: Preprocessing) -> Golden | None:
-    """Rows as a caller would send them, and the module's answers; None where it has none on this machine.
+def _ask_golden(module: torch.nn.Module, sample: NDArray[np.float32], manifest: BundleManifest) -> Golden | None:
+    """Rows as a caller would send them, and the module's answers; None where it has none that could be served.
 
     Standardising cannot be undone to the last bit, so the rows are near those of the data and no copy of them. What is
     exact is that the answers are those to the rows as a replica standardises them.
     """
     chosen = np.linspace(0, len(sample) - 1, min(GOLDEN_ROWS, len(sample)), dtype=np.int64)
-    raw = preprocessing.undo(sample[chosen])
+    raw = manifest.preprocessing.undo(sample[chosen])
     try:
-        outputs = _forward(module, preprocessing.apply(raw))
+        outputs = _forward(module, manifest.preprocessing.apply(raw)).reshape(len(raw), -1)
     except Exception:  # say, operators for a GPU alone: the weights are worth keeping, and the ONNX export told why
         return None
-    return Golden(raw, outputs.reshape(len(raw), -1))
+    # a task of one's own may make answers of fewer outputs, or more, than there are classes: an endpoint does not
+    return Golden(raw, outputs) if outputs.shape[1] == manifest.outputs.num_outputs else None
 
 
 def _is_readable(outputs: OutputSchema) -> bool:

@@ -80,6 +80,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     preprocessing = fit_preprocessing("standard", rows[:1400])
     inputs, targets = torch.from_numpy(preprocessing.apply(rows)), torch.from_numpy(labels)
     spec = FactorySpec(factory="bigray.models:cnn", params={"channels": [16, 32]})
+    torch.set_num_threads(1)  # as the endpoint does; more only get in each other's way on models this small
     torch.manual_seed(0)
     module = build_model(spec.factory, spec.params, (8, 8), 10)
     _fit(module, inputs[:1400], targets[:1400])
@@ -404,14 +405,15 @@ def test_the_first_tab_stop_leads_past_the_head_of_the_page(page: Page, endpoint
 def test_every_stop_shows_that_it_has_the_focus(page: Page, endpoint: str) -> None:
     page.open(endpoint)
     stops = set()
-    for _ in range(12):
-        page.press(Keys.TAB)
+    page.press(Keys.TAB)
+    while not page.run("return document.activeElement === document.body"):
         stops.add(page.focused())
         outline = page.run(
             "const e = document.activeElement; const shown = e.matches('.unseen') ? e.nextElementSibling : e;"
             "return getComputedStyle(shown).outlineStyle"
         )
         assert outline == "solid", page.focused()
+        page.press(Keys.TAB)
     assert {"canvas", "predict", "example", "file"} <= stops
 
 
@@ -434,13 +436,11 @@ def test_scalar_columns_are_fields_filled_with_the_example(page: Page, tmp_path:
         page.open(url)
         example = ModelBundle.load(bundle).manifest.example
         field = page.browser.find_element(By.CSS_SELECTOR, "#grid input")
-        assert float(field.get_attribute("value")) == example["width"]
+        assert np.float32(field.get_attribute("value")) == np.float32(example["width"])
         field.clear()
         field.send_keys("0.25", Keys.ENTER)
-        assert float(page.answer().replace("−", "-")) == pytest.approx(
-            _predict(bundle, {**example, "width": 0.25}), rel=1e-3
-        )
-        assert page.sent() == {**example, "width": 0.25}
+        assert float(page.answer()) == pytest.approx(_predict(bundle, {**example, "width": 0.25}), rel=1e-3)
+        assert page.sent() == pytest.approx({**example, "width": 0.25})
         assert not page.is_shown("bars")
 
 
@@ -516,8 +516,8 @@ def test_the_card_tells_of_the_model(page: Page, endpoint: str, digits: str) -> 
     manifest = ModelBundle.load(digits).manifest
     assert page.text("name") == "digits"
     assert page.text("version") == ModelBundle.load(digits).version
-    assert page.text("purpose") == "Predicts digit, one of 10 classes, from image (8 × 8)."
-    assert "Accuracy" in page.text("metrics")
+    assert page.text("purpose") == "Predicts digit, one of 10 classes, from image (8 \u00d7 8)."
+    assert "accuracy" in page.text("metrics")
     rows = page.browser.find_elements(By.CSS_SELECTOR, "#confusion tbody tr")
     assert manifest.card is not None
     assert [[int(cell.text) for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows] == [
@@ -573,7 +573,7 @@ def test_the_command_does_what_the_page_did(page: Page, endpoint: str) -> None:
     assert json.loads(done.stdout)["predictions"][0]["label"] == 7
 
 
-def test_a_new_version_is_shown_without_a_reload_and_keeps_the_drawing(page: Page, digits: str, tmp_path: Path) -> None:
+def test_a_new_version_is_shown_without_a_reload(page: Page, digits: str, tmp_path: Path) -> None:
     storage = open_storage(digits)
     other = sample(tmp_path, [Column(name="image", shape=(8, 8))], name="digits")
     apps = [app_of(digits)]
@@ -610,7 +610,8 @@ def test_no_script_but_its_own_runs(page: Page, endpoint: str) -> None:
 # ---- how it looks ----
 
 CONTRASTS = """
-const pixel = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d', {willReadFrequently: true});
+const sheet = Object.assign(document.createElement('canvas'), {width: 1, height: 1});
+const pixel = sheet.getContext('2d', {willReadFrequently: true});
 function rgba(color) {
   pixel.clearRect(0, 0, 1, 1);
   pixel.fillStyle = color;
@@ -672,12 +673,13 @@ def test_every_shade_of_the_matrix_leaves_its_count_readable(page: Page, endpoin
 
 
 def test_dark_looks_dark(page: Page, endpoint: str) -> None:
-    grounds = []
+    grounds, pictures = [], []
     for scheme in ("light", "dark"):
         page.emulate(scheme=scheme)
         page.open(endpoint)
         grounds.append(page.run("return getComputedStyle(document.body).backgroundColor"))
-        assert len(page.browser.get_screenshot_as_png()) > 10_000
+        pictures.append(page.browser.get_screenshot_as_png())
+    assert pictures[0] != pictures[1]
     light, dark = (sum(map(int, ground.removeprefix("rgb(").removesuffix(")").split(","))) for ground in grounds)
     assert light > 600 > 150 > dark
 

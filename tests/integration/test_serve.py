@@ -25,9 +25,9 @@ from bigray.data.features import Column
 from bigray.errors import CorruptFile, DeployError, StorageError
 from bigray.inference import Predictor
 from bigray.serve import runner
-from bigray.serve.client import fetch_json, open_endpoint, predict_file, predict_table
-from bigray.serve.config import ServeSpec, load_serve
-from bigray.serve.ingress import haproxy_folder
+from bigray.serve.client import Client, fetch_json, predict_file, predict_table
+from bigray.serve.config import GrpcSection, ServeSpec, load_serve
+from bigray.serve.ingress import free_port, haproxy_folder
 from bigray.serve.sample import write_sample_bundle
 
 pytestmark = pytest.mark.timeout(300)
@@ -52,8 +52,14 @@ def cluster() -> Iterator[Connection]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(cluster: Connection, bundle: str) -> runner.Deployment:
-    return runner.deploy(bundle, load_serve("serve/local.yaml").with_port(0))
+def grpc_port() -> int:
+    return free_port(0)
+
+
+@pytest.fixture(scope="module")
+def endpoint(cluster: Connection, bundle: str, grpc_port: int) -> runner.Deployment:
+    spec = load_serve("serve/local.yaml").with_port(0)
+    return runner.deploy(bundle, spec.model_copy(update={"grpc_options": GrpcSection(port=grpc_port)}))
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +116,9 @@ def test_every_route_answers(endpoint):
     index = fetch_json(f"{endpoint.url}/")
     assert (index["name"], index["version"]) == ("animals", endpoint.version)
     gets = [route.removeprefix("GET ") for route in index["routes"] if route.startswith("GET ")]
-    assert {"/v2/health/ready", "/v2/models/animals", "/openapi.json"} <= set(gets)
-    assert all(fetch_json(endpoint.url + path) for path in gets)
+    assert {"/v2/health/ready", "/v2/models/animals", "/openapi.json", "/card", "/stats", "/metrics"} <= set(gets)
+    with Client(endpoint.url) as client:
+        assert all(client.send("GET", path).body for path in gets)
 
 
 def test_its_answers_equal_the_offline_ones(endpoint, bundle, table):
@@ -128,7 +135,7 @@ def test_answers_under_concurrency_belong_to_their_requests(endpoint, bundle, ta
     differences: list[float] = []
 
     def ask(rows: range) -> None:
-        with open_endpoint(endpoint.url) as connection:
+        with Client(endpoint.url) as connection:
             for row in rows:
                 (answer,) = connection.predict([{"image": images[row]}])
                 differences.append(float(np.abs(np.array(answer["probabilities"]) - offline[row]).max()))
@@ -173,6 +180,38 @@ def test_a_bad_body_is_refused_and_the_next_request_served(endpoint, body, statu
     assert post(endpoint.url, good_body())[0] == 200
 
 
+def test_the_stock_triton_client_asks_over_http(endpoint, bundle, table):
+    tritonclient = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
+    images = table.column("image").combine_chunks().to_numpy_ndarray()[:5]
+    client = tritonclient.InferenceServerClient(urlsplit(endpoint.url).netloc)
+    tensor = tritonclient.InferInput("image", list(images.shape), "FP32")
+    tensor.set_data_from_numpy(images)
+    outputs = [tritonclient.InferRequestedOutput("probabilities"), tritonclient.InferRequestedOutput("label")]
+    answer = client.infer("animals", [tensor], outputs=outputs)
+    offline = Predictor(ModelBundle.load(bundle)).run(images)
+    assert client.is_server_ready() and client.is_model_ready("animals", endpoint.version)
+    assert client.get_model_metadata("animals")["versions"] == [endpoint.version]
+    assert np.allclose(answer.as_numpy("probabilities"), offline.probabilities, atol=1e-6)
+    assert [label.decode() for label in answer.as_numpy("label")] == offline.labels
+    assert answer.get_response()["model_version"] == endpoint.version
+
+
+def test_the_stock_triton_client_asks_over_grpc(endpoint, bundle, table, grpc_port):
+    tritonclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
+    images = table.column("image").combine_chunks().to_numpy_ndarray()[:5]
+    client = tritonclient.InferenceServerClient(f"127.0.0.1:{grpc_port}")
+    tensor = tritonclient.InferInput("image", list(images.shape), "FP32")
+    tensor.set_data_from_numpy(images)
+    answer = client.infer("animals", [tensor])
+    offline = Predictor(ModelBundle.load(bundle)).run(images)
+    assert client.is_server_live() and client.is_model_ready("animals")
+    assert np.allclose(answer.as_numpy("probabilities"), offline.probabilities, atol=1e-6)
+    wrong = tritonclient.InferInput("image", [5, 5, 4], "FP32")
+    wrong.set_data_from_numpy(images.reshape(5, 5, 4))
+    with pytest.raises(Exception, match=r"INVALID_ARGUMENT.*wrong shape"):
+        client.infer("animals", [wrong])
+
+
 def test_a_file_can_be_sent(endpoint, tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"image": np.ones((4, 5)).tolist()}] * 3))
@@ -182,7 +221,7 @@ def test_a_file_can_be_sent(endpoint, tmp_path):
 
 def test_a_refusal_reaches_the_caller_of_the_client_in_one_line(endpoint):
     with (
-        open_endpoint(endpoint.url) as connection,
+        Client(endpoint.url) as connection,
         pytest.raises(DeployError, match="400: records: expected a list") as e,
     ):
         connection.predict([])
@@ -224,15 +263,27 @@ def test_another_port_than_the_running_one_is_refused(endpoint, bundle):
         runner.deploy(bundle, load_serve("serve/local.yaml").with_port(8199))
 
 
+def test_a_second_application_leaves_the_first_and_can_be_deleted(endpoint, bundle, tmp_path):
+    second = runner.deploy(bundle, make_spec(tmp_path, "second"))
+    assert second.url == f"{endpoint.url}/second"
+    assert post(second.url, good_body())[0] == post(endpoint.url, good_body())[0] == 200
+    runner.delete("second")
+    assert [row.name for row in runner.status()] == [endpoint.name]
+    assert post(endpoint.url, good_body())[0] == 200
+    with pytest.raises(DeployError, match=f"no application named 'second'; there are: {endpoint.name}"):
+        runner.delete("second")
+
+
 def test_replicas_follow_the_load_up_and_down(endpoint, bundle, tmp_path):
     shipped = load_serve("serve/autoscale.yaml").deployment.autoscaling_config.model_dump(exclude_unset=True)
+    shipped["policy"]["policy_kwargs"]["scale_down_after_s"] = 3
     scaled = runner.deploy(bundle, make_spec(tmp_path, "scaled", autoscaling_config=shipped))
     stop = threading.Event()
     failures: list[object] = []
 
     def load() -> None:
         body = {"records": [{"image": np.ones((4, 5)).tolist()}] * 200}
-        with open_endpoint(scaled.url) as connection:
+        with Client(scaled.url) as connection:
             while not stop.is_set():
                 try:
                     connection.request("POST", "/predict", json.dumps(body).encode())
@@ -255,17 +306,6 @@ def test_replicas_follow_the_load_up_and_down(endpoint, bundle, tmp_path):
     assert wait_for(lambda: replicas() == 1)
     assert failures == []
     runner.delete("scaled")
-
-
-def test_a_second_application_leaves_the_first_and_can_be_deleted(endpoint, bundle, tmp_path):
-    second = runner.deploy(bundle, make_spec(tmp_path, "second"))
-    assert second.url == f"{endpoint.url}/second"
-    assert post(second.url, good_body())[0] == post(endpoint.url, good_body())[0] == 200
-    runner.delete("second")
-    assert [row.name for row in runner.status()] == [endpoint.name]
-    assert post(endpoint.url, good_body())[0] == 200
-    with pytest.raises(DeployError, match=f"no application named 'second'; there are: {endpoint.name}"):
-        runner.delete("second")
 
 
 def test_rays_own_tool_serves_the_written_file(cluster, endpoint, bundle, tmp_path):

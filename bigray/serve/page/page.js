@@ -7,6 +7,7 @@ const SAMPLES = 60;
 const TOP_CLASSES = 10;
 const LONG_FORM = 30;
 const LARGEST_MATRIX = 30;
+const PARTS = ["train", "validation", "holdout"];
 
 // the page may be at /second or at /second/, where relative addresses would differ
 const ROOT = location.origin + location.pathname.replace(/\/*$/, "/");
@@ -145,12 +146,20 @@ function setStatus(state, text) {
 
 const rates = [];
 let pollTimer = 0;
+let isPolling = false;
 
+// goes on while the page is in sight and has what it needs; whoever changes that calls it again
 async function poll() {
   clearTimeout(pollTimer);
-  if (document.hidden) return; // the visibilitychange handler starts it again
-  const isWelcome = card ? await readStats() : true;
-  pollTimer = setTimeout(poll, isWelcome ? POLL_MS : SLOW_POLL_MS);
+  if (isPolling || card === null || document.hidden || !$("gate").hidden) return;
+  isPolling = true;
+  let isWelcome = false;
+  try {
+    isWelcome = await readStats();
+  } finally {
+    isPolling = false;
+    pollTimer = setTimeout(poll, isWelcome ? POLL_MS : SLOW_POLL_MS);
+  }
 }
 
 async function readStats() {
@@ -169,8 +178,11 @@ async function readStats() {
   setStatus(response.status < 500 ? "good" : "bad", response.status < 500 ? "Live" : "Not answering");
   // a key may be good for predictions and not for this; then the page does without
   show($("live"), stats !== null);
-  if (stats !== null) showStats(stats);
-  return stats !== null;
+  if (stats === null) return false;
+  showStats(stats);
+  const live = stats.versions?.live;
+  if (live && live !== card.version) await loadCard(); // another version went live while the page was open
+  return true;
 }
 
 function showStats(stats) {
@@ -182,8 +194,6 @@ function showStats(stats) {
   rates.push(total.rate ?? 0);
   if (rates.length > SAMPLES) rates.shift();
   drawSpark();
-  const live = stats.versions?.live;
-  if (live && live !== card.version) loadCard(); // another version went live while the page was open
 }
 
 function drawSpark() {
@@ -211,7 +221,6 @@ function showCard(next) {
   for (const id of ["version", "try", "card"]) show($(id));
   if (!isSameForm) buildForm();
   fillCard();
-  poll();
 }
 
 function purpose() {
@@ -262,7 +271,8 @@ function listed(names) {
 }
 
 function dataPairs() {
-  const pairs = Object.entries(card.data.rows ?? {}).map(([part, rows]) => [`${part} rows`, number(rows)]);
+  const rows = card.data.rows ?? {};
+  const pairs = PARTS.filter((part) => rows[part]).map((part) => [`${part} rows`, number(rows[part])]);
   if (card.data.fingerprint) pairs.push(["Fingerprint", make("code", {}, card.data.fingerprint)]);
   return pairs;
 }
@@ -348,7 +358,7 @@ function fieldsInput() {
   };
   const reset = () => {
     for (const field of fields) {
-      field.entry.value = card.example[field.column.name] ?? "";
+      field.entry.value = shortest(card.example[field.column.name]);
       checkField(field);
     }
   };
@@ -358,7 +368,8 @@ function fieldsInput() {
 
 function numberField(column, i) {
   const hint = make("small", { id: `hint-${i}` });
-  const entry = make("input", { id: `field-${i}`, type: "number", step: "any", inputmode: "text", autocomplete: "off", "aria-describedby": `hint-${i}` });
+  const entry = make("input", { id: `field-${i}`, type: "number", step: "any", autocomplete: "off", "aria-describedby": `hint-${i}` });
+  entry.inputMode = "text"; // the keyboards of phones for numbers have no minus
   const field = { column, entry, hint, box: make("div", { class: "field" }, make("label", { for: `field-${i}` }, column.name), entry, hint) };
   if (column.low !== null && column.high !== null) {
     entry.min = column.low;
@@ -370,6 +381,16 @@ function numberField(column, i) {
     markStale();
   });
   return field;
+}
+
+// the fewest digits that are the same number to the model, which reads 32 bits
+function shortest(value) {
+  if (typeof value !== "number" || Number.isInteger(value)) return value ?? "";
+  for (let digits = 1; digits < 9; digits++) {
+    const short = Number(value.toPrecision(digits));
+    if (Math.fround(short) === Math.fround(value)) return short;
+  }
+  return value;
 }
 
 function niceStep({ low, high }) {
@@ -533,7 +554,8 @@ function padInput() {
 
   function point(event) {
     const box = canvas.getBoundingClientRect();
-    return [((event.clientX - box.left) / box.width) * width, ((event.clientY - box.top) / box.height) * height];
+    const share = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+    return [clamp(share[0], 0, 1) * width, clamp(share[1], 0, 1) * height];
   }
 
   canvas.onpointerdown = (event) => {
@@ -610,7 +632,9 @@ function padInput() {
     if (past.length === 0) return;
     sheet = past.pop();
     paint();
+    if (isBlank()) return clearAnswer();
     markStale();
+    predictSoon();
   }
 
   $("undo").onclick = undo;
@@ -900,7 +924,7 @@ $("gate-form").addEventListener("submit", (event) => {
   $("key").value = "";
   if (/^[\x21-\x7e]+$/.test(typed)) {
     keepKey(typed);
-    loadCard();
+    start();
   } else {
     show($("gate-problem"));
     $("gate-problem").textContent = "A key is made of letters, digits and signs without spaces.";
@@ -910,8 +934,13 @@ $("forget").addEventListener("click", () => {
   keepKey("");
   location.reload();
 });
-$("retry").addEventListener("click", loadCard);
+$("retry").addEventListener("click", start);
 document.addEventListener("visibilitychange", poll);
 for (const [id, path] of [["link-openapi", "openapi.json"], ["link-card", "card"], ["link-metrics", "metrics"]]) $(id).href = ROOT + path;
 
-loadCard();
+async function start() {
+  await loadCard();
+  poll();
+}
+
+start();

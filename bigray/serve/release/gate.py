@@ -44,9 +44,9 @@ LEAST_MEMORY_MB = 4096
 """What a process may have where nobody says: room for torch, and its own size several times."""
 TIMES_ITS_SIZE = 4
 
-WARM_UP_REQUESTS, WARM_UP_S = 20, 0.5
-TIMED_REQUESTS, TIMED_S = 200, 2.0
-LEAST_REQUESTS = 10
+WARM_UP_REQUESTS, WARM_UP_S = 20, 0.3
+TIMED_REQUESTS, TIMED_S = 200, 1.5
+LEAST_REQUESTS = 5
 """Of a model so slow that the time is over before."""
 SLOWER_TIMES, SLOWER_MS = 10, 1.0
 """A candidate is too slow when its median is this many times the live version's, and this much above it."""
@@ -283,14 +283,14 @@ class _Gate:
     def _check_latency(self) -> str:
         body = orjson.dumps({"records": [self._bundle.manifest.example]})
         live = self._found.live_latency = self._time_live(body)
-        # a second try tells a slow model from a busy moment
-        for _ in range(2):
-            measured = self._found.latency = _time_requests(self._ready(), body)
-            fault = latency_fault(measured, live, self._settings.slo_ms)
-            if fault is None:
-                beside = "" if live is None else f"; live {live.p50_ms:.2f} and {live.p99_ms:.2f} ms"
-                return f"p50 {measured.p50_ms:.2f} ms, p99 {measured.p99_ms:.2f} ms{beside}"
-        raise DeployError(fault or "")
+        measured = _time_requests(self._ready(), body)
+        if latency_fault(measured, live, self._settings.slo_ms) is not None:
+            measured = _time_requests(self._ready(), body)  # a second try tells a slow model from a busy moment
+        self._found.latency = measured
+        if (fault := latency_fault(measured, live, self._settings.slo_ms)) is not None:
+            raise DeployError(fault)
+        beside = "" if live is None else f"; live {live.p50_ms:.2f} and {live.p99_ms:.2f} ms"
+        return f"p50 {measured.p50_ms:.2f} ms, p99 {measured.p99_ms:.2f} ms{beside}"
 
     def _time_live(self, body: bytes) -> Latency | None:
         if self._live_process is None:

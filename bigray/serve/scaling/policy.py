@@ -247,7 +247,7 @@ def _queue_history(
 ) -> tuple[tuple[float, float], ...]:
     """The last `WINDOW_S` at a fifth of a second, and one entry before them."""
     if history and now - history[-1][0] < WINDOW_S / 5:
-        return (*history[:-1], (history[-1][0], queued)) if now == history[-1][0] else history
+        return history
     while len(history) > 1 and history[1][0] <= now - WINDOW_S:
         history = history[1:]
     return (*history, (now, queued))
@@ -259,22 +259,24 @@ def _growth(history: tuple[tuple[float, float], ...]) -> float:
 
 
 def _measure(loads: Sequence[ReplicaLoad], running: int, growth_per_s: float, settings: ScalingSettings) -> Demand:
-    busy = sum(load.utilisation for load in loads)
-    offered = sum(load.offered_per_s for load in loads)
-    shed = sum(load.shed_per_s for load in loads)
-    queued = sum(load.num_queued for load in loads)
-    queue_age_s = max((load.queue_age_s for load in loads), default=0.0)
+    busy = offered = shed = queued = queue_age_s = arriving = 0.0
+    for load in loads:  # one pass: there may be hundreds, ten times a second
+        busy += load.utilisation
+        offered += load.offered_per_s
+        shed += load.shed_per_s
+        queued += load.num_queued
+        queue_age_s = max(queue_age_s, load.queue_age_s)
+        arriving += load.utilisation * _times_more(load.offered_per_s, load.offered_per_s - load.shed_per_s)
     utilisation = busy / max(running, 1)
     pressed = shed > 0 or queue_age_s > settings.max_queue_age_s or utilisation > SATURATED
-    arriving = sum(
-        load.utilisation * _times_more(load.offered_per_s, load.offered_per_s - load.shed_per_s) for load in loads
-    )
     accepted = max(0.0, offered - shed)
     backlog = 0.0
     if pressed:  # a queue that grows hides work as shedding does; the noise of a short one is not worth following
         done = accepted - growth_per_s
         arriving *= _times_more(accepted, done)
-        backlog = queued * busy / max(done, accepted / MOST_HIDDEN, NOTHING) / settings.drain_within_s if queued else 0.0
+        backlog = (
+            queued * busy / max(done, accepted / MOST_HIDDEN, NOTHING) / settings.drain_within_s if queued else 0.0
+        )
     draining = shed <= 0 and growth_per_s < 0 and queued <= -growth_per_s * settings.drain_within_s
     return Demand(
         utilisation, offered, shed, queue_age_s, queued, growth_per_s, pressed, draining, arriving, min(backlog, busy)

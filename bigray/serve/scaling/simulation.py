@@ -7,6 +7,7 @@ one replica do not share batches here, so a real one does a little better under 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -157,7 +158,7 @@ class _Replica:
     offered: int = 0
     shed: int = 0
     under_way: deque[tuple[float, float]] = field(default_factory=deque)
-    """(answered at, arrived at) of the requests not yet answered, in order."""
+    """(answered at, handed over at) of the requests not yet answered, in order."""
     history: deque[tuple[float, float, int, int]] = field(default_factory=deque)
     """(time, seconds busy, offered, shed) so far, at each report of the last window."""
 
@@ -252,7 +253,7 @@ class _Dispatcher:
         send = self._send
         for index in indices:
             now = arrivals[index]
-            send(_least_busy(replicas, now), index, now, services[index], now)
+            send(_least_busy(replicas, now), index, services[index], now)
 
     def hand_out(self, ready: list[_Replica]) -> None:
         """What waited for the first replica goes to it, and to those that came with it."""
@@ -261,9 +262,9 @@ class _Dispatcher:
         held, self.held = self.held, []
         for index in held:
             replica = min(ready, key=lambda one: len(one.under_way))
-            self._send(replica, index, self._arrivals[index], self._services[index], replica.ready_at)
+            self._send(replica, index, self._services[index], replica.ready_at)
 
-    def _send(self, replica: _Replica, index: int, arrived_at: float, service_s: float, now: float) -> None:
+    def _send(self, replica: _Replica, index: int, service_s: float, now: float) -> None:
         replica.offered += 1
         replica.last_at = now
         free_at = replica.free_at
@@ -275,7 +276,7 @@ class _Dispatcher:
         free_at += service_s
         replica.free_at = self.answered[index] = free_at
         replica.assigned_s += service_s
-        replica.under_way.append((free_at, arrived_at))
+        replica.under_way.append((free_at, now))
 
 
 def _least_busy(replicas: list[_Replica], now: float) -> _Replica:
@@ -391,7 +392,7 @@ def _reaction(steps_s: Sequence[float], became_ready_s: Iterable[float]) -> floa
 def _timeline(trace: Trace, latencies: FloatArray, clock: _Clock) -> Timeline:
     bin_s = float(max(1, math.ceil(trace.duration_s / MOST_BINS)))
     count = max(1, math.ceil(trace.duration_s / bin_s))
-    starts = np.arange(count) * bin_s
+    starts: FloatArray = np.arange(count, dtype=np.float64) * bin_s
     of_request = np.minimum((trace.arrivals_s / bin_s).astype(np.int64), count - 1)
     of_tick = np.minimum((np.array(clock.times) / bin_s - 1e-9).astype(np.int64), count - 1)
     ticks = np.maximum(np.bincount(of_tick, minlength=count), 1)
@@ -411,7 +412,7 @@ def _timeline(trace: Trace, latencies: FloatArray, clock: _Clock) -> Timeline:
 def _p99_of_bins(of_request: NDArray[np.int64], latencies: FloatArray, count: int) -> FloatArray:
     edges = np.searchsorted(of_request, np.arange(count + 1))
     values = np.full(count, math.nan)
-    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
         part = latencies[start:stop]
         part = part[np.isfinite(part)]
         if len(part):

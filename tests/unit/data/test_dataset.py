@@ -50,6 +50,17 @@ def test_the_parts_are_sealed_off_and_described(tmp_path: Path) -> None:
     assert dataset.holdout.column_names == ["a", "b", "label"]
 
 
+def test_ranges_are_of_raw_values_and_know_nothing_of_the_holdout(tmp_path: Path) -> None:
+    columns = _columns()
+    columns["a"] = columns["a"].astype(np.float64) * 0.1
+    dataset = _prepare(tmp_path, pa.table(columns), normalize="standard")
+
+    sealed = set(dataset.holdout.column("a").to_pylist())
+    seen = [value for value in columns["a"].tolist() if value not in sealed]
+    assert dataset.ranges["a"] == pytest.approx((min(seen), max(seen)), rel=1e-6)
+    assert set(dataset.ranges) == {"a", "b"}
+
+
 def test_targets_are_the_numbers_of_their_class_names(tmp_path: Path) -> None:
     table = pa.table({"a": np.arange(NUM_ROWS), "label": np.where(np.arange(NUM_ROWS) % 2, "odd", "even")})
     dataset = _prepare(tmp_path, table)

@@ -29,6 +29,7 @@ from bigray.serve.scaling.policy import (
 )
 from bigray.serve.scaling.settings import ScalingSettings, read_settings
 
+
 class Endpoint:
     """Feeds `decide` every 0.1 s; replicas start at once unless `starting` is set."""
 
@@ -189,7 +190,7 @@ def test_a_boundary_has_two_marks():
     assert endpoint.target == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     work=st.floats(0.0, 12.0),
     running=st.integers(1, 10),
@@ -202,7 +203,7 @@ def test_a_noisy_but_constant_load_changes_the_count_at_most_once_after_settling
 ):
     noise = random.Random(seed)
     endpoint = Endpoint(running, target_utilisation=utilisation, spare=spare, scale_down_after_s=20)
-    endpoint.tick_s = 0.25
+    endpoint.tick_s = 0.5
     noisy = lambda running: steady(work * noise.uniform(0.9, 1.1))(running)  # noqa: E731
     endpoint.run(60, noisy)
     settling = len(endpoint.changes)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import pyarrow as pa
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from bigray.bundle import BundleManifest, FactorySpec, ModelBundle, Origin, OutputSchema
+from bigray.bundle import (
+    BundleManifest,
+    FactorySpec,
+    ModelBundle,
+    ModelCard,
+    Origin,
+    OutputSchema,
+    pack_holdout,
+)
 from bigray.data.features import Column, FeatureSchema
 from bigray.data.preprocessing import Preprocessing
 from bigray.errors import StorageError
 from bigray.inference import Predictor
 from bigray.models import build_model
 from bigray.paths import RunPaths
+from bigray.serve.release.golden import check_golden
 from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
 from bigray.storage import open_storage
 from bigray.training.answers import Exported
@@ -28,6 +39,7 @@ from bigray.training.export import TOLERANCE, _export_onnx, export_bundle
 from bigray.training.tensor_files import pack_tensors, unpack_tensors
 
 ROWS = np.random.default_rng(0).normal(size=(64, 8, 8)).astype(np.float32)
+TARGETS = np.random.default_rng(1).integers(3, size=64)
 
 
 def _trial(factory: str, params: dict[str, Any]) -> TrialSpec:
@@ -61,6 +73,7 @@ def _manifest(trial: TrialSpec) -> BundleManifest:
         outputs=OutputSchema(task="classification", num_outputs=3, target="label", class_names=(0, 1, 2)),
         factory=FactorySpec(factory=trial.model.factory, params=trial.model.params),
         example={"image": ROWS[0].tolist()},
+        card=ModelCard(rows={"train": 7}),
     )
 
 
@@ -71,7 +84,8 @@ def _export(paths: RunPaths, trial: TrialSpec) -> tuple[Exported, bytes, bytes]:
     )
     files = {"model.safetensors": last, "best.safetensors": best}
     save_checkpoint(paths, trial, 1, Progress(epoch=3, step=15, best_epoch=2, best_step=10), files)
-    return export_bundle(paths, trial, _manifest(trial), ROWS), best, last
+    holdout = pack_holdout(pa.table({"image": ROWS[:2].reshape(2, 64).tolist(), "label": [0, 1]}))
+    return export_bundle(paths, trial, _manifest(trial), ROWS, targets=TARGETS, holdout=holdout), best, last
 
 
 CNN = ("bigray.models:cnn", {"channels": [4, 4], "dropout": 0.5})
@@ -120,7 +134,61 @@ def test_torch_and_onnx_runtime_answer_alike(exported: tuple[ModelBundle, Path])
 def test_a_bundle_is_safetensors_onnx_and_json_and_nothing_else(exported: tuple[ModelBundle, Path]) -> None:
     _, folder = exported
 
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", "model.onnx", "weights.safetensors"}
+    names = {"manifest.json", "model.onnx", "weights.safetensors", "golden.safetensors", "holdout.arrow"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_the_golden_answers_are_the_modules_to_rows_as_they_come(exported: tuple[ModelBundle, Path]) -> None:
+    bundle, _ = exported
+    golden = bundle.golden
+    assert golden is not None
+    module = build_model(bundle.manifest.factory.factory, bundle.manifest.factory.params, (8, 8), 3).eval()
+    module.load_state_dict(unpack_tensors(bundle.weights))
+
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(bundle.manifest.preprocessing.apply(golden.inputs))).numpy()
+
+    np.testing.assert_array_equal(golden.outputs, expected)
+    np.testing.assert_allclose(golden.inputs[[0, -1]], ROWS[[0, -1]] * 2 + 0.5, rtol=1e-6)
+    assert check_golden(bundle, Predictor(bundle)) is None
+
+
+def test_the_card_counts_which_class_was_taken_for_which(exported: tuple[ModelBundle, Path]) -> None:
+    bundle, _ = exported
+    module = build_model(bundle.manifest.factory.factory, bundle.manifest.factory.params, (8, 8), 3).eval()
+    module.load_state_dict(unpack_tensors(bundle.weights))
+    with torch.inference_mode():
+        answers = module(torch.from_numpy(ROWS)).argmax(dim=1).tolist()
+
+    card = bundle.manifest.card
+    assert card is not None
+    counts = Counter(zip(TARGETS.tolist(), answers, strict=True))
+    assert card.confusion == tuple(tuple(counts[(true, given)] for given in range(3)) for true in range(3))
+    assert card.num_parameters == sum(parameter.numel() for parameter in module.parameters())
+    assert card.rows == {"train": 7}
+
+
+def test_a_module_without_an_answer_on_this_machine_gives_a_bundle_without_golden_answers(
+    paths: RunPaths, user_module: Callable[[str], str]
+) -> None:
+    name = user_module(
+        """
+        from torch import nn
+
+        class Net(nn.Linear):
+            def forward(self, x):
+                raise RuntimeError("only on a GPU")
+
+        def make(shape, outputs):
+            return Net(64, outputs)
+        """
+    )
+    result, best, _ = _export(paths, _trial(f"{name}:make", {}))
+    bundle = ModelBundle.load(result.uri)
+
+    assert (bundle.golden, bundle.weights) == (None, best)
+    assert bundle.manifest.card is not None
+    assert bundle.manifest.card.confusion == ()
 
 
 @pytest.mark.parametrize("causal", [True, False])

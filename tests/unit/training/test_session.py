@@ -89,3 +89,6 @@ def test_a_run_is_complete_when_as_many_trials_as_are_wanted_were_and_the_winner
     assert not is_complete(9, paths, [done]), "an extension has begun"
     assert is_complete(9, paths, [done, {**done, "trials": 9}])
     assert not is_complete(5, paths, [{**done, "whole": False}]), "the budget was used up"
+
+    paths.bundle.write_bytes(MANIFEST, b'{"schema_version": 1}')
+    assert not is_complete(5, paths, [done]), "an earlier bigray exported it"
