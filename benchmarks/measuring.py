@@ -151,6 +151,7 @@ def print_table(
     rows: Sequence[Sequence[str]],
     note: str = "",
     packages: Sequence[str] = ("bigray", "ray", "torch", "numpy"),
+    width: int = 120,
 ) -> None:
     """The figures, and what they were measured on."""
     from rich.console import Console
@@ -162,7 +163,7 @@ def print_table(
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
         table.add_row(*map(escape, row))
-    console = Console(width=120)
+    console = Console(width=width)
     console.print(table)
     if note:
         console.print(note)

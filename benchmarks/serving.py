@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import signal
 import subprocess
@@ -30,9 +31,10 @@ END_S = 60.0
 PACKAGES = ("bigray", "ray", "torch", "onnxruntime", "fastapi", "uvicorn", "litserve", "orjson", "k6")
 TUNED = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """The flags that make Serve quickest."""
-REPLICA, CONTROLLER, PROXIES = "ray::ServeReplica", "ray::ServeController", ("ray::ProxyActor", "ray::HAProxyManager")
+REPLICA, CONTROLLER = "ray::ServeReplica", "ray::ServeController"
+PROXY_ACTORS = ("ray::HAProxyManager", "ray::ProxyActor")
 """How the processes of Serve's actors call themselves."""
-COMPUTING: Mapping[str, Any] = {"factory": "serve_peers.slow_models:computing", "shape": (1, 28, 28)}
+COMPUTING: Mapping[str, Any] = {"factory": "serve_peers.slow_models:computing", "params": {}, "shape": (1, 28, 28)}
 """Options of `write_model`: some milliseconds of arithmetic a row."""
 WAITING: Mapping[str, Any] = {"factory": "serve_peers.slow_models:waiting", "params": {}, "onnx": False}
 """5 ms a row in which nothing is computed."""
@@ -201,15 +203,16 @@ class Running:
         """The processes that hold the model."""
         return self.named(REPLICA) or self.family()[:1]
 
-    def rss_mb(self) -> float:
-        """Memory of the processes that hold the model."""
-        return sum(_rss(one) for one in self.models()) / 2**20
-
 
 def _command(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
+
+
+def rss_mb(processes: Sequence[psutil.Process]) -> float:
+    """Memory of them together; those that have ended have none."""
+    return sum(map(_rss, processes)) / 2**20
 
 
 def _rss(process: psutil.Process) -> int:
@@ -267,7 +270,7 @@ def _wait_until_answering(process: subprocess.Popen[bytes], body: Body, log: Pat
         try:
             ask(body)
             return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             time.sleep(0.2)
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
     raise RuntimeError(f"did not start: {last[0][:200]}")
@@ -360,7 +363,7 @@ def try_each(names: Sequence[str], measure: Callable[[str], Any]) -> tuple[dict[
         tell(f"{time.strftime('%H:%M:%S')} {name} ...")
         try:
             results[name] = measure(name)
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
             skipped.append(f"{name}: {' '.join(str(error).split())}")
             tell(skipped[-1])
     return results, skipped
@@ -368,4 +371,4 @@ def try_each(names: Sequence[str], measure: Callable[[str], Any]) -> tuple[dict[
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
     """The table, with what it was measured on."""
-    print_table(title, columns, rows, "\n".join(notes), PACKAGES)
+    print_table(title, columns, rows, "\n".join(notes), PACKAGES, width=170)

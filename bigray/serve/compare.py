@@ -121,6 +121,7 @@ def count_disagreements(first: Predictions, second: Predictions) -> int:
     """Rows with another label, or with values more than a hundredth apart."""
     if first.values is not None and second.values is not None:
         scale = np.maximum(np.abs(first.values), 1e-6)
-        return int((np.abs(first.values - second.values) > VALUE_TOLERANCE * scale).sum())
+        agreeing = np.abs(first.values - second.values) <= VALUE_TOLERANCE * scale  # so asked, NaN agrees with nothing
+        return len(agreeing) - int(agreeing.sum())
     assert first.labels is not None and second.labels is not None, "both versions have the same task"
     return sum(a != b for a, b in zip(first.labels, second.labels, strict=True))

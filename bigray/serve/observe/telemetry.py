@@ -153,6 +153,7 @@ class Telemetry:
             model_s=retired.model_s + sum(one.seconds for one in batches.values()) + running,
             cpu_s=cpu_seconds / num_cpus,
             offered=finished + self._ongoing,
+            ongoing=self._ongoing,
             shed=sum(self._shed.values()),
             queue_age_s=max(self._queue_age_s, self._waited_peak_s),
         )
@@ -275,6 +276,7 @@ class _Sample:
     model_s: float
     cpu_s: float
     offered: int
+    ongoing: int
     shed: int
     queue_age_s: float
 
@@ -291,7 +293,9 @@ def _load_of(samples: tuple[_Sample, ...], num_queued: int) -> Load:
     if first is None or last is None or last.at <= first.at:
         return Load(utilisation=0.0, offered_per_s=0.0, shed_per_s=0.0, queue_age_s=0.0, queued=num_queued)
     wall_s = last.at - first.at
-    busy_s = max(last.model_s - first.model_s, last.cpu_s - first.cpu_s, 0.0)
+    # a process that is asked nothing has no load, whatever it does to come up or to load a candidate
+    is_asked = last.offered > first.offered or any(sample.ongoing for sample in samples)
+    busy_s = max(last.model_s - first.model_s, last.cpu_s - first.cpu_s if is_asked else 0.0, 0.0)
     return Load(
         utilisation=round(busy_s / wall_s, 4),
         offered_per_s=round(max(last.offered - first.offered, 0) / wall_s, 3),

@@ -143,18 +143,18 @@ def _csv_body(manifest: BundleManifest) -> Schema:
 
 
 def _infer_operation(manifest: BundleManifest) -> Schema:
-    tensor = _object({"name": TEXT, "datatype": {"enum": list(DTYPES)}, "shape": _list({"type": "integer"})})
-    tensor["properties"] |= {"data": {"type": "array"}, "parameters": {"type": "object"}}
-    if manifest.inputs.is_tensor:
-        tensor["properties"]["name"] = {"const": manifest.inputs.tensor_name}
+    schema = manifest.inputs
+    names = list(dict.fromkeys((schema.tensor_name, *(column.name for column in schema.columns))))
+    shape = _list({"type": "integer", "minimum": 1}, least=1)
+    tensor = _object({"name": {"enum": names}, "datatype": {"enum": list(DTYPES)}, "shape": shape})
+    tensor["properties"] |= {"data": _list({"type": ["number", "array"]}, least=1), "parameters": {"type": "object"}}
     requested = _object({"name": {"enum": [output["name"] for output in describe_outputs(manifest.outputs)]}})
-    most = 1 if manifest.inputs.is_tensor else max(1, len(manifest.inputs.columns))
-    body = _object({"inputs": _list(tensor, least=1, most=most)})
+    body = _object({"inputs": _list(tensor, least=1, most=len(schema.columns))})
     body["properties"] |= {"id": TEXT, "outputs": _list(requested), "parameters": {"type": "object"}}
     output = _object({"name": TEXT, "datatype": TEXT, "shape": _list({"type": "integer"})})
     answer = _object({"model_name": TEXT, "model_version": TEXT, "outputs": _list(output)})
     answer["properties"]["id"] = TEXT
-    example = {"inputs": [_example_tensor(manifest.inputs, manifest.example)]}
+    example = {"inputs": [_example_tensor(schema, manifest.example)]}
     binary = {"application/octet-stream": {"schema": BINARY}}
     operation = _post(
         "Open Inference Protocol v2: tensors as JSON, or raw behind a JSON header.",

@@ -142,11 +142,19 @@ def test_a_replica_that_nobody_asks_is_idle(telemetry, clock):
     }
 
 
+def test_what_a_process_does_while_nobody_asks_is_no_load(telemetry, clock):
+    telemetry.tick(clock.now, 5.0, 1)
+    telemetry.tick(clock.now + 1, 5.9, 1)
+
+    assert telemetry.load(clock.now + 1)["utilisation"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("model_s", "cpu_s", "num_cpus", "utilisation"), [(0.6, 0.1, 1, 0.6), (0.1, 0.8, 1, 0.8), (0.1, 0.8, 4, 0.2)]
 )
 def test_utilisation_is_that_of_what_is_nearest_its_limit(telemetry, clock, model_s, cpu_s, num_cpus, utilisation):
     telemetry.tick(clock.now, 5.0, num_cpus)
+    telemetry.ongoing(1)
     telemetry.record_batch("animals", "v1", 1, model_s, 0.0)
     telemetry.tick(clock.now + 1, 5.0 + cpu_s, num_cpus)
 
