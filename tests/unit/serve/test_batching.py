@@ -52,9 +52,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(
-        batching, "time", SimpleNamespace(monotonic=clock.monotonic, perf_counter=clock.perf_counter)
-    )
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=clock.monotonic, perf_counter=clock.perf_counter))
     return clock
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,11 +14,22 @@ import pytest
 from bigray.errors import DeployError
 from bigray.inference import Predictions
 from bigray.serve import rollout as rollout_module
+from bigray.serve.batching import Batcher, Capacity
 from bigray.serve.loaded import LoadedModel, ModelSettings, load_model
 from bigray.serve.observe.telemetry import Telemetry
 from bigray.serve.protect.guard import Guard
 from bigray.serve.release.judge import JudgeLimits
-from bigray.serve.release.record import ChannelState, Release, Rollout, abort, propose, withdraw
+from bigray.serve.release.record import (
+    ChannelState,
+    Comparison,
+    Release,
+    ReplicaReport,
+    Rollout,
+    VersionStats,
+    abort,
+    propose,
+    withdraw,
+)
 from bigray.serve.release.registry import MemoryKeyValue, Registry, update
 from bigray.serve.rollout import Channel, Mode, Progress, total
 from bigray.serve.steward import Identity, Steward
@@ -154,8 +166,7 @@ def failing(model: LoadedModel) -> LoadedModel:
     def fail(rows: np.ndarray) -> Predictions:
         raise ValueError("broken")
 
-    model.batcher._run = fail
-    return model
+    return replace(model, batcher=Batcher(fail, Capacity(64, 1e-4, False)))
 
 
 # ----- load
@@ -214,7 +225,9 @@ def test_where_one_of_two_replicas_cannot_load_it_all_go_back(a, b):
 
     with running(a) as fleet:
         fleet.loading = fail
-        with pytest.raises(DeployError, match=f"version {b.version}: replica r1 cannot load it: no memory here") as told:
+        with pytest.raises(
+            DeployError, match=f"version {b.version}: replica r1 cannot load it: no memory here"
+        ) as told:
             bring_in(fleet, b)
         assert "\n" not in str(told.value)
         wait_until(lambda: fleet.settled(a.version))
@@ -381,14 +394,14 @@ def test_a_rollout_that_is_ended_from_elsewhere_is_told_to_its_deployer(a, b):
 def test_a_deployer_whose_rollout_was_ended_leaves_the_next_one_alone(a, b, c):
     """Another one has ended it and begun a rollout of its own."""
 
-    def replace(progress: Progress) -> None:
+    def supplant(progress: Progress) -> None:
         if fleet.state.rollout is not None and fleet.state.rollout.release == b:
             update(fleet.registry, lambda state: abort(state, "2026-05-01T10:00:00+00:00", "asked for"))
             update(fleet.registry, lambda state: propose(state, Rollout(kind="load", release=c)))
 
     with running(a) as fleet:
         with pytest.raises(DeployError, match=f"ended from elsewhere; {c.version} is on its way now"):
-            bring_in(fleet, b, watch=replace)
+            bring_in(fleet, b, watch=supplant)
         assert fleet.state.rollout is not None
         assert fleet.state.rollout.release == c
 
@@ -396,14 +409,14 @@ def test_a_deployer_whose_rollout_was_ended_leaves_the_next_one_alone(a, b, c):
 def test_a_deployer_that_decides_too_late_does_not_promote_what_is_not_its_own(a, b, c, monkeypatch):
     monkeypatch.setattr(rollout_module, "BEAT_S", 3600.0)
 
-    def replace(progress: Progress) -> None:
+    def supplant(progress: Progress) -> None:
         if progress.ready == 2 and fleet.state.rollout.release == b:
             update(fleet.registry, lambda state: abort(state, "2026-05-01T10:00:00+00:00", "asked for"))
             update(fleet.registry, lambda state: propose(state, Rollout(kind="load", release=c)))
 
     with running(a) as fleet:
         with pytest.raises(DeployError, match="ended from elsewhere"):
-            bring_in(fleet, b, watch=replace)
+            bring_in(fleet, b, watch=supplant)
         assert (fleet.state.live, fleet.state.rollout.release) == (a, c)
 
 
@@ -508,6 +521,13 @@ def test_a_channel_that_is_forgotten_has_no_state(store, a):
     assert channel.state() is None
 
 
-def test_what_replicas_have_seen_adds_up(a):
-    with running(a) as fleet:
-        assert total(fleet.channel.reports()).candidate.requests == 0
+def test_what_replicas_have_seen_adds_up():
+    def report(replica: str, comparison: Comparison | None) -> ReplicaReport:
+        return ReplicaReport(
+            replica=replica, node="n", pid=1, sequence=1, at=0.0, revision=1, live="a" * 12, comparison=comparison
+        )
+
+    seen = Comparison(candidate=VersionStats(requests=3, errors=1), compared_rows=5, disagreeing_rows=2)
+    combined = total([report("r1", seen), report("r2", None), report("r3", seen)])
+    assert (combined.candidate.requests, combined.candidate.errors, combined.live.requests) == (6, 2, 0)
+    assert (combined.compared_rows, combined.disagreeing_rows) == (10, 4)
