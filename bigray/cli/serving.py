@@ -57,9 +57,12 @@ def deploy(
         bool, typer.Option("--shadow", help="Ask it beside the live version, report how they differ, switch nothing.")
     ] = False,
     requests: Annotated[
-        int, typer.Option(min=1, help="Answers of a canary or shadow after which it is decided on.")
-    ] = 200,
-    max_minutes: Annotated[float, typer.Option(help="After which a canary or shadow ends in any case.")] = 10.0,
+        int | None,
+        typer.Option(min=1, help="Answers of a canary or shadow after which it is decided on.", show_default="200"),
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="After which a canary or shadow ends in any case.", show_default="10")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Past a worse holdout, a slower answer or another schema; it is recorded.")
     ] = False,
@@ -77,7 +80,7 @@ def deploy(
     from bigray.serve.config import load_serve
     from bigray.workflow import find_bundle
 
-    mode = _read_mode(canary, shadow, requests, max_minutes)
+    mode = _read_mode(canary, shadow, requests, max_minutes, is_only_written=write_config is not None)
     spec = load_serve(config)
     bundle = find_bundle(run)
     if write_config is not None:
@@ -268,21 +271,30 @@ def keys_revoke(key: Annotated[str, typer.Argument(help="Its id or its name.")],
     console.say(f"revoked {revoked.id} ({revoked.name})")
 
 
-def _read_mode(canary: str | None, shadow: bool, requests: int, max_minutes: float) -> Mode | None:
+def _read_mode(
+    canary: str | None, shadow: bool, requests: int | None, max_minutes: float | None, *, is_only_written: bool
+) -> Mode | None:
     faults = []
     if canary is not None and shadow:
         faults.append("--canary: answers requests, --shadow answers none; give one of the two")
     share = _read_share(canary, faults) if canary is not None else 0.0
-    if not max_minutes > 0:  # nor NaN
+    if max_minutes is not None and not max_minutes > 0:  # nor NaN
         faults.append(f"--max-minutes: use a number above 0, got {max_minutes:g}")
+    is_tried = canary is not None or shadow
+    if is_only_written and is_tried:
+        faults.append("--write-config: deploys nothing that could be tried; remove --canary or --shadow")
+    for option, value in (("--requests", requests), ("--max-minutes", max_minutes)):
+        if value is not None and not is_tried:
+            faults.append(f"{option}: is for a candidate that is tried; give --canary or --shadow, or remove it")
     raise_faults(faults)
-    if canary is None and not shadow:
+    if not is_tried:
         return None
     from bigray.serve.release.judge import JudgeLimits
     from bigray.serve.rollout import Mode
 
     kind: Literal["canary", "shadow"] = "shadow" if shadow else "canary"
-    return Mode(kind, share, JudgeLimits(min_requests=requests, max_seconds=60 * max_minutes))
+    limits = JudgeLimits(min_requests=requests or 200, max_seconds=60 * (max_minutes or 10.0))
+    return Mode(kind, share, limits)
 
 
 def _read_share(text: str, faults: list[str]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,15 +53,25 @@ class Client:
     answers then. Where the endpoint says when to come back (`Retry-After`), that is waited for, up to 5 s.
     """
 
-    def __init__(self, url: str, *, key: str | None = None, timeout_s: float = TIMEOUT_S, retries: int = 1) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        retries: int = 1,
+        verify: bool | str = True,
+    ) -> None:
         """`url` is the root of the endpoint; `key` is needed where it asks for one.
+
+        `verify` may be a file of certificates to trust, for an endpoint with one of its own; False trusts any.
 
         Raises:
             SpecError: `url` is not an http or https address.
         """
         self.url = url.rstrip("/")
         self._parts = urlsplit(self.url)
-        self._connection = _connection(url, self._parts, timeout_s)
+        self._connection = _connection(url, self._parts, timeout_s, verify)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._retries = retries
 
@@ -137,7 +148,8 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
                 if is_last:
-                    raise DeployError(f"{self.url}: no answer: {error}") from error
+                    # what is no HTTP is repeated by the error, as it came
+                    raise DeployError(f"{self.url}: no answer: {' '.join(str(error).split())[:200]}") from error
                 time.sleep(RETRY_AFTER_S)
                 continue
             if status == 200:
@@ -166,10 +178,10 @@ class Client:
             raise DeployError(f"{self.url}{path}: answered {status} with something else than JSON: {start}") from None
 
 
-def fetch_json(url: str) -> Any:
+def fetch_json(url: str, *, verify: bool | str = True) -> Any:
     """`GET` one address."""
     parts = urlsplit(url)
-    with Client(f"{parts.scheme}://{parts.netloc}") as client:
+    with Client(f"{parts.scheme}://{parts.netloc}", verify=verify) as client:
         return client.request("GET", parts.path or "/")
 
 
@@ -264,14 +276,26 @@ def _wait_s(headers: Mapping[str, str]) -> float:
     return min(float(text), MOST_RETRY_AFTER_S) if text.isdigit() else RETRY_AFTER_S
 
 
-def _connection(url: str, parts: SplitResult, timeout_s: float) -> http.client.HTTPConnection:
-    kinds: dict[str, type[http.client.HTTPConnection]] = {
-        "http": http.client.HTTPConnection,
-        "https": http.client.HTTPSConnection,
-    }
-    if parts.scheme not in kinds or not parts.hostname:
-        raise SpecError(f"{url}: expected the address of an endpoint, such as http://127.0.0.1:8000")
+def _connection(url: str, parts: SplitResult, timeout_s: float, verify: bool | str) -> http.client.HTTPConnection:
     try:
-        return kinds[parts.scheme](parts.hostname, parts.port, timeout=timeout_s)
+        host, port = parts.hostname, parts.port
     except ValueError as error:
         raise SpecError(f"{url}: {error}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise SpecError(f"{url}: expected the address of an endpoint, such as http://127.0.0.1:8000")
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=timeout_s)
+    return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=_tls_context(verify))
+
+
+def _tls_context(verify: bool | str) -> ssl.SSLContext:
+    if isinstance(verify, str):
+        try:
+            return ssl.create_default_context(cafile=verify)
+        except OSError as error:
+            raise SpecError(f"{verify}: not a file of certificates: {error}") from None
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

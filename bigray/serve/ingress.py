@@ -50,10 +50,11 @@ ORPHAN_GRACE_S = 0.5
 """Time for an ended HAProxy to release its port."""
 
 
-def ingress_settings(http_port: int) -> dict[str, str]:
+def ingress_settings(http_port: int, *, uses_tls: bool = False) -> dict[str, str]:
     """Environment of Serve's processes for an endpoint on `http_port`; what the user has set is kept.
 
-    Ports and files are the endpoint's own, so that two clusters on one host do not meet.
+    Ports and files are the endpoint's own, so that two clusters on one host do not meet. With TLS requests go through
+    Serve's own proxy: the HAProxy that Ray configures has none.
     """
     settings = dict(_FIXED)
     # threads beyond the cores only take turns
@@ -66,7 +67,7 @@ def ingress_settings(http_port: int) -> dict[str, str]:
     folder = haproxy_folder(http_port)
     settings |= {name: str(folder / file) for name, file in _FILES.items()}
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
-    return chosen if haproxy_available() else chosen | _PLAIN
+    return chosen if haproxy_available() and not uses_tls else chosen | _PLAIN
 
 
 def haproxy_folder(http_port: int) -> Path:

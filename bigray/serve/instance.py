@@ -112,7 +112,8 @@ def root_url(client: ServeControllerClient) -> str:
 
 def controller_environment(spec: ServeSpec, port: int) -> dict[str, str]:
     """bigray's settings for Serve's processes, and the file's own before them."""
-    return ingress_settings(port) | spec.controller_options.runtime_env.get("env_vars", {})
+    uses_tls = spec.http_options.ssl_certfile is not None
+    return ingress_settings(port, uses_tls=uses_tls) | spec.controller_options.runtime_env.get("env_vars", {})
 
 
 def _ray_ends_with_this_process() -> bool:

@@ -13,6 +13,7 @@ from bigray.serve.asgi import ModelApp
 from bigray.serve.assembly import assemble
 from bigray.serve.config import BundleArgs
 from bigray.serve.grpc_backend import GrpcBackend
+from bigray.serve.protect.exposure import check_exposure
 from bigray.serve.release.registry import Registry
 from bigray.serve.steward import Identity, Steward
 from bigray.serve.wire.grpc_service import InferenceMethods
@@ -30,6 +31,8 @@ class Model(InferenceMethods):
     """Loads the channel's live version when the replica starts; Serve then hands requests to `ModelApp`."""
 
     def __init__(self, args: BundleArgs) -> None:
+        # Ray's own tools deploy the same file: they start nothing that `bigray deploy` would refuse
+        check_exposure(_listening_host(), args.keys is not None, args.open)
         context = serve.get_replica_context()
         registry = Registry(context.app_name, args.bundle)
         state = registry.read()
@@ -64,6 +67,14 @@ class Model(InferenceMethods):
         """What `ArrivalPolicy` decides by; Serve asks several times a second."""
         load = self._endpoint.telemetry.load(time.monotonic())
         return {f"bigray_{name}": float(value) for name, value in load.items()}  # type: ignore[arg-type]
+
+
+def _listening_host() -> str:
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None, "a replica has a controller"
+    return str(client.http_config.host)
 
 
 def _num_cpus() -> float:

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cluster"}),
     frozenset({"training", "progress", "verification"}),
     frozenset({"tuning"}),
-    frozenset({"workflow", "console", "report", "live", "cli", "__main__"}),
+    frozenset({"workflow", "console", "report", "live", "deploy_view", "cli", "__main__"}),
 )
 """A module may import from its own layer and from those above it in this list."""
 

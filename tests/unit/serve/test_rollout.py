@@ -500,18 +500,27 @@ def test_replicas_of_their_own_go_on_after_what_an_earlier_try_left(store, a, b)
     assert after.state().history[-1].action == "forced"
 
 
-@pytest.mark.parametrize("step", ["begin", "succeed"])
-def test_of_two_deployers_at_once_the_slower_is_told(store, a, b, monkeypatch, step):
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda channel, before, release: channel.begin(release, "too late"),
+        lambda channel, before, release: channel.succeed(before, release, "too late", is_forced=False),
+    ],
+    ids=["begin", "succeed"],
+)
+def test_of_two_deployers_at_once_the_slower_is_told(store, a, b, step):
+    """The other one writes right after this one has looked."""
+
+    class OneIsFaster(MemoryKeyValue):
+        def put(self, key: bytes, value: bytes, *, overwrite: bool) -> bool:
+            super().put(key, b"written by the other one", overwrite=True)
+            return super().put(key, value, overwrite=overwrite)
+
     before = channel_at(store, "base")
     before.begin(a, "first")
-    channel = channel_at(store, "base")
-    monkeypatch.setattr(channel._registry, "write", lambda state: False)
 
     with pytest.raises(DeployError, match="application 'animals': another deployment of it was faster; try again"):
-        if step == "begin":
-            channel.begin(b, "too late")
-        else:
-            channel.succeed(before.state(), b, "too late", is_forced=False)
+        step(channel_at(OneIsFaster(), "base"), before.state(), b)
 
 
 def test_a_channel_that_is_forgotten_has_no_state(store, a):
