@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -293,7 +293,11 @@ def _read_mode(
     from bigray.serve.rollout import Mode
 
     kind: Literal["canary", "shadow"] = "shadow" if shadow else "canary"
-    limits = JudgeLimits(min_requests=requests or 200, max_seconds=60 * (max_minutes or 10.0))
+    limits = JudgeLimits()
+    if requests is not None:
+        limits = replace(limits, min_requests=requests)
+    if max_minutes is not None:
+        limits = replace(limits, max_seconds=60 * max_minutes)
     return Mode(kind, share, limits)
 
 

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from bigray.console import print_event, print_json, print_leaderboard, print_verification
+from bigray.console import (
+    print_deployment,
+    print_event,
+    print_json,
+    print_leaderboard,
+    print_status,
+    print_text,
+    print_verification,
+    status_line,
+)
+from bigray.deploy_view import describe_progress, watching
 from bigray.results import (
     Finalist,
     Kill,
@@ -19,6 +29,10 @@ from bigray.results import (
     Verification,
     WeightDifference,
 )
+from bigray.serve.release.gate import Check, GateReport
+from bigray.serve.release.record import Comparison, VersionStats
+from bigray.serve.rollout import Progress
+from bigray.serve.runner import Deployment, EndpointStatus
 from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
 from bigray.storage import Storage
 
@@ -125,3 +139,96 @@ def test_a_verification_shows_the_faults_in_their_order_and_the_verdict(capsys: 
     assert "weights relative difference 3.0e-04, most in '0.bias'" in lines
     assert "metrics 20 epochs, all equal" in lines
     assert "verdict mlp: DIFFERENT" in lines
+
+
+def _status(**changes: Any) -> EndpointStatus:
+    values: dict[str, Any] = {"name": "model", "url": "http://127.0.0.1:8000", "state": "RUNNING", "message": ""}
+    values |= {"replicas_running": 1, "replicas_target": 2, "bundle": "/runs/a/bundle", "version": "a" * 12, **changes}
+    return EndpointStatus(**values)
+
+
+def test_a_status_shows_the_version_and_what_is_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    print_status((_status(rollout="canary 10% of bbbbbbbbbbbb"), _status(name="other", message="[red]it died[/]")))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    assert any("model" in line and "1 of 2" in line and "a" * 12 in line for line in lines)
+    assert lines[-2:] == ["model: canary 10% of bbbbbbbbbbbb is under way", "other: [red]it died[/]"]
+
+
+def test_where_nothing_is_served_the_status_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    print_status(())
+
+    assert capsys.readouterr().out == "nothing is served on this cluster\n"
+
+
+def test_a_deployment_is_told_with_its_reason_and_how_to_ask_it(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "http://127.0.0.1:8000"
+    print_deployment(Deployment("model", "digits", "a" * 12, url, "forced past: [holdout]"), f"curl {url} {'x' * 300}")
+
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        f"serving digits version {'a' * 12} at {url}",
+        "why: forced past: [holdout]",
+        f"curl {url} {'x' * 300}",
+    ]
+
+
+def test_a_text_for_scripts_stays_in_one_piece(capsys: pytest.CaptureFixture[str]) -> None:
+    print_text("[bold]" + "x" * 500)
+
+    assert capsys.readouterr().out == "[bold]" + "x" * 500 + "\n"
+
+
+def test_in_a_file_a_line_that_is_written_over_is_told_only_where_it_is_to_stay(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with status_line() as line:
+        line.show("loading")
+        line.show("[1] of 2 seen", log=True)
+        line.clear()
+
+    assert capsys.readouterr() == ("", "[1] of 2 seen\n")
+
+
+def _seen(requests: int) -> Comparison:
+    return Comparison(live=VersionStats(requests=9), candidate=VersionStats(requests=requests))
+
+
+def test_a_deployment_in_a_file_is_the_gates_table_and_a_canary_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checks = (Check("files", True, "3 files", 0.1), Check("holdout", False, "worse", 0.2))
+    with watching(quiet=False) as watch:
+        watch.on_check("files", "running")
+        watch.on_gate(GateReport("a" * 12, "digits", checks, ("holdout",), 0.3))
+        watch.on_progress(Progress("loading", 1, 2))
+        for elapsed_s in range(12):
+            watch.on_progress(Progress("watching", 2, 2, _seen(elapsed_s), float(elapsed_s)))
+    printed = capsys.readouterr()
+
+    assert printed.out == ""
+    assert "3 files" in printed.err
+    told = [line.split(",")[0] for line in printed.err.splitlines() if " s: " in line]
+    assert told == ["5 s: 5 requests", "10 s: 10 requests"]
+
+
+def test_a_quiet_deployment_tells_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with watching(quiet=True) as watch:
+        watch.on_check("files", "running")
+        watch.on_gate(GateReport("a" * 12, "digits", (), (), 0.3))
+        watch.on_progress(Progress("watching", 2, 2, _seen(5), 60.0))
+
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [
+        (Progress("loading", 1, 2), "1 of 2 replicas have loaded it"),
+        (Progress("switching", 2, 2), "2 of 2 replicas have switched to it"),
+        (Progress("watching", 2, 2), "2 of 2 replicas are watched"),
+        (Progress("watching", 2, 2, _seen(5), 61.4), "61 s: 5 requests, errors 0.00% (live 0.00%)"),
+    ],
+)
+def test_progress_is_one_line(progress: Progress, expected: str) -> None:
+    assert describe_progress(progress) == expected

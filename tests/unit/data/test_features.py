@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bigray.data.features import Column, FeatureSchema, column_to_numpy
+from bigray.data.features import Column, FeatureSchema, _plain_numbers, column_to_numpy
 from bigray.data.sources import table_from_arrays
 from bigray.errors import SpecError
 
@@ -109,3 +112,123 @@ def test_a_dictionary_column_is_decoded() -> None:
     table = pa.table({"label": pa.array(["b", "a", "b"]).dictionary_encode()})
 
     assert column_to_numpy(table, "label").tolist() == ["b", "a", "b"]
+
+
+# ----- plain numbers are read a quick way, which must mean the same as the thorough one
+
+EXACT = 2**53
+"""Whole numbers up to here are the same in 64 bits of an integer and of a float."""
+ONE = FeatureSchema(columns=(Column(name="height"),))
+CUBE = FeatureSchema(columns=(Column(name="cube", shape=(2, 1, 3)),))
+VECTOR = FeatureSchema(columns=(Column(name="vector", shape=(3,)),))
+SCHEMAS = {"one column": ONE, "two columns": SCALARS, "1-D": VECTOR, "2-D": IMAGE, "3-D": CUBE}
+
+numbers = st.one_of(
+    st.floats(width=32),
+    st.floats(),
+    st.integers(-EXACT + 1, EXACT - 1),
+    st.sampled_from([0, -0.0, 1e39, -1e39, 1e-50, 5e-324, float("nan"), float("inf"), 2**24 + 1, 3.4028236e38]),
+)
+others = st.one_of(st.booleans(), st.none(), st.text(max_size=3), st.just({}), st.just([]), st.just((1.0,)))
+
+
+def _nested(draw: st.DrawFn, shape: tuple[int, ...], odd: float) -> Any:
+    """Numbers in lists of this shape; a share `odd` of the places holds something else, or another length."""
+    if draw(st.floats(0, 1)) < odd:
+        return draw(st.one_of(others, numbers, st.lists(numbers, max_size=4)))
+    if not shape:
+        return draw(numbers)
+    length = shape[0] + (draw(st.sampled_from([-1, 1])) if draw(st.floats(0, 1)) < odd else 0)
+    values = [_nested(draw, shape[1:], odd) for _ in range(length)]
+    return tuple(values) if draw(st.floats(0, 1)) < odd else values
+
+
+@st.composite
+def records_of(draw: st.DrawFn, schema: FeatureSchema) -> list[dict[str, Any]]:
+    odd = draw(st.sampled_from([0.0, 0.0, 0.03, 0.2]))
+    num_rows = draw(st.integers(1, 4))
+    return [{column.name: _nested(draw, column.shape, odd) for column in schema.columns} for _ in range(num_rows)]
+
+
+def _read(read: Callable[[], Any]) -> tuple[str, Any]:
+    try:
+        values = read()
+    except SpecError as refusal:
+        return "refused", str(refusal)
+    assert values.dtype == np.float32
+    return "read", (values.shape, values.tobytes())
+
+
+def _quickly(schema: FeatureSchema, records: list[dict[str, Any]]) -> tuple[str, Any]:
+    return _read(lambda: schema.from_records(records))
+
+
+def _thoroughly(schema: FeatureSchema, records: list[dict[str, Any]]) -> tuple[str, Any]:
+    return _read(lambda: schema.checked(schema._values(records)))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_records_mean_the_same_read_quickly_and_thoroughly(name: str, data: st.DataObject) -> None:
+    schema = SCHEMAS[name]
+    records = data.draw(records_of(schema))
+
+    assert _quickly(schema, records) == _thoroughly(schema, records)
+
+
+def _of(values: Any) -> list[dict[str, Any]]:
+    return [{"height": values[0], "width": values[1]}]
+
+
+@pytest.mark.parametrize(
+    ("schema", "records"),
+    [
+        (SCALARS, _of([True, False])),
+        (SCALARS, _of([True, 1.0])),
+        (SCALARS, _of([1.0, True])),
+        (SCALARS, [*_of([1.0, 2.0]), *_of([False, True])]),
+        (SCALARS, _of(["1", 2.0])),
+        (SCALARS, _of([1.0, "2"])),
+        (SCALARS, _of([None, 2.0])),
+        (SCALARS, _of([1.0, {}])),
+        (SCALARS, _of([[1.0], [2.0]])),
+        (SCALARS, _of([[1.0], 2.0])),
+        (SCALARS, _of([10**400, 1.0])),
+        (SCALARS, _of([1e39, 1.0])),
+        (IMAGE, [{"image": [[1, 2, 3], [4, 5, 6]]}]),
+        (IMAGE, [{"image": [[1, 2, 3], [4, 5]]}]),
+        (IMAGE, [{"image": [[1, 2], [3, 4], [5, 6]]}]),
+        (IMAGE, [{"image": [1, 2, 3]}]),
+        (IMAGE, [{"image": []}]),
+        (IMAGE, [{"image": [[True, False, True], [False, True, False]]}]),
+        (IMAGE, [{"image": [[True, 2, 3], [4, 5, 6]]}]),
+        (IMAGE, [{"image": "abcdef"}]),
+        (IMAGE, [{"image": ["abc", "def"]}]),
+        (IMAGE, [{"image": ((1, 2, 3), (4, 5, 6))}]),
+        (CUBE, [{"cube": [[[1, 2, 3]], [[4, 5, 6]]]}]),
+        (CUBE, [{"cube": [[[1, 2, 3]], [[4, 5, None]]]}]),
+        (CUBE, [{"cube": [[1, 2, 3], [4, 5, 6]]}]),
+    ],
+)
+def test_odd_values_mean_the_same_read_quickly_and_thoroughly(
+    schema: FeatureSchema, records: list[dict[str, Any]]
+) -> None:
+    assert _quickly(schema, records) == _thoroughly(schema, records)
+
+
+@pytest.mark.parametrize(
+    "value", [2**60 + 2**36 + 1, -(2**60) - 2**36 - 1, 2**63, 2**64 - 1, 2**64, -(2**70)], ids=lambda value: f"{value}"
+)
+@pytest.mark.parametrize("other", [0, 0.5], ids=["beside a whole number", "beside a fraction"])
+def test_huge_whole_numbers_mean_the_same_read_quickly_and_thoroughly(value: int, other: float) -> None:
+    assert _quickly(SCALARS, _of([value, other])) == _thoroughly(SCALARS, _of([value, other]))
+
+
+def test_plain_numbers_are_read_the_quick_way() -> None:
+    """Else the tests above would compare the thorough way with itself."""
+    for schema in SCHEMAS.values():
+        rows = np.ones((2, *schema.input_shape)).tolist()
+        found = _plain_numbers(rows, schema.input_shape)
+        assert found is not None
+        assert found.shape == (2, *schema.input_shape)
