@@ -223,7 +223,8 @@ def replay_trace(
     settings = spec.scaling_settings(str(config))
     arrivals = load_trace(trace, seed=seed, rate_per_s=rate_per_s)
     args = spec.application.args
-    service = measure_service(find_bundle(run), args.num_threads or 1, allow_factories=args.allow_factories)
+    num_threads = args.num_threads or max(1, int(spec.deployment.ray_actor_options.num_cpus))
+    service = measure_service(find_bundle(run), num_threads, allow_factories=args.allow_factories)
     return simulate(
         arrivals, replace(service, max_queue_s=args.max_queue_s), settings, price_per_replica_hour=price_per_hour
     )
@@ -253,16 +254,18 @@ def serve_ahead(spec: ServeSpec) -> Iterator[Listener]:
             thread.join()
 
 
-def check_holdout(bundle: str, dataset: Dataset, url: str, serve: ServeSpec) -> HoldoutCheck | None:
+def check_holdout(
+    bundle: str, dataset: Dataset, url: str, serve: ServeSpec, key: str | None = None
+) -> HoldoutCheck | None:
     """Send the sealed holdout to an endpoint over HTTP, and predict the same rows offline from the bundle.
 
-    None where the job keeps no holdout.
+    `key` is needed where the endpoint asks for one. None where the job keeps no holdout.
     """
     if dataset.holdout.num_rows == 0:
         return None
     allowed = serve.application.args.allow_factories
     offline = Predictor(ModelBundle.load(bundle), allow_factories=allowed).run_table(dataset.holdout)
-    online = predict_table(url, dataset.holdout, dataset.inputs)
+    online = predict_table(url, dataset.holdout, dataset.inputs, key)
     difference = _row_differences(online, offline)
     equal = (difference <= _tolerance(offline)) & _same_labels(online, offline)
     return HoldoutCheck(

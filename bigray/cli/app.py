@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ JobFile = Annotated[str, typer.Argument(metavar="JOB", help="The job file, such 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set training.lr=1e-3.")
 ]
+KEY_VARIABLE = "BIGRAY_API_KEY"
 DEFAULT_SEARCH = "tuning/lr_batch.toml"
 SearchFile = Annotated[str | None, typer.Option("--search", help="A search file, such as tuning/lr_batch.toml.")]
 ServeFile = Annotated[str | None, typer.Option("--serve", help="A serve file, such as serve/local.yaml.")]
@@ -114,6 +116,11 @@ class Output:
 def raise_faults(faults: Sequence[str]) -> None:
     if faults:
         raise SpecError(faults)
+
+
+def api_key(option: str | None = None) -> str | None:
+    """Of an endpoint that asks for one: an option, else the environment."""
+    return option or os.environ.get(KEY_VARIABLE) or None
 
 
 def is_joining(address: str | None) -> bool:

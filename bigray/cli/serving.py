@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bigray.cli.app import (
+    KEY_VARIABLE,
     Address,
     AsJson,
     Output,
+    api_key,
     app,
     existing_cluster,
     raise_faults,
@@ -23,8 +24,6 @@ from bigray.errors import SpecError
 
 if TYPE_CHECKING:
     from bigray.serve.rollout import Mode
-
-KEY_VARIABLE = "BIGRAY_API_KEY"
 
 Name = Annotated[str, typer.Argument(help="The application's name, as `bigray status` shows it.")]
 Url = Annotated[str, typer.Argument(help="Root of the endpoint, such as http://127.0.0.1:8000.")]
@@ -168,7 +167,7 @@ def top(
     from bigray.serve.client import Client
     from bigray.serve.observe.top import watch
 
-    with Client(url, key=_key(key), timeout_s=5.0) as client:
+    with Client(url, key=api_key(key), timeout_s=5.0) as client:
         if as_json:
             console.print_json(client.stats())
             return
@@ -186,7 +185,7 @@ def predict(
     from bigray import console
     from bigray.serve.client import predict_file
 
-    console.print_predictions(predict_file(url, file, limit, _key(key)))
+    console.print_predictions(predict_file(url, file, limit, api_key(key)))
 
 
 @app.command(
@@ -322,10 +321,6 @@ def _known_versions(address: str | None) -> dict[str, str]:
 
     with connect(address):
         return known_versions()
-
-
-def _key(option: str | None) -> str | None:
-    return option or os.environ.get(KEY_VARIABLE) or None
 
 
 def _write_native_config(bundle: str, spec: Any, path: Path) -> None:

@@ -24,6 +24,7 @@ from bigray.cli.app import (
     Overrides,
     SearchFile,
     ServeFile,
+    api_key,
     app,
     is_joining,
     raise_faults,
@@ -230,7 +231,7 @@ def run(
             document = _show_board(board, view, output)
         deployment = deploy_bundle(board.bundle.uri, files.serve)
         document |= show_deployment(deployment, board.bundle.uri, output)
-        check = check_holdout(board.bundle.uri, request.dataset, deployment.url, files.serve)
+        check = check_holdout(board.bundle.uri, request.dataset, deployment.url, files.serve, api_key())
         if check is not None:
             document |= _show_check(check, output)
         output.print(document)

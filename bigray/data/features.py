@@ -105,7 +105,9 @@ def _plain_numbers(rows: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.fl
             _gather(row, shape, numbers)
     except (TypeError, OverflowError, ValueError):
         return None
-    return np.frombuffer(numbers, dtype=np.float64).reshape(len(rows), *shape)
+    found = np.frombuffer(numbers, dtype=np.float64).reshape(len(rows), *shape)
+    # whole numbers beyond that are not exact as doubles, and NaN is to be refused by name
+    return found if (np.abs(found) < 2**53).all() else None
 
 
 def _gather(values: Any, shape: tuple[int, ...], numbers: array[float]) -> None:

@@ -26,6 +26,7 @@ from bigray.serve.rollout import total
 from bigray.serve.routes import Router
 from bigray.serve.steward import SILENT_S
 from bigray.serve.store import ModelStore, OtherModel
+from bigray.serve.wire.images import prepare_images
 
 Reports = Callable[[], Sequence[ReplicaReport]]
 """Reads what all replicas of the channel have reported."""
@@ -64,6 +65,7 @@ def assemble(
     settings = _settings(args, num_threads)
     live = load_model(bundle, settings, telemetry)
     telemetry.set_versions(live.name, live.version)
+    prepare_images(live.manifest)
     others = {entry.name: _other(entry, settings, telemetry) for entry in args.models}
     store = ModelStore(live, others, None if args.models_memory_mb is None else int(args.models_memory_mb * 2**20))
     guard = Guard(args.keys)

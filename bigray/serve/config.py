@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bigray.cluster.plan import ServeNeeds
 from bigray.errors import SpecError
@@ -109,6 +109,19 @@ class AutoscalingSection(_Section):
     def _bounds_are_in_order(self) -> AutoscalingSection:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _policy_can_be_made(self) -> AutoscalingSection:
+        """In Serve's controller a wrong key could only be logged."""
+        policy = self.policy or {}
+        if policy.get("policy_function") == SCALING_POLICY:
+            bounds = {"min_replicas": self.min_replicas, "max_replicas": self.max_replicas}
+            try:
+                ScalingSettings.model_validate({**policy.get("policy_kwargs", {}), **bounds})
+            except ValidationError as error:
+                fault = error.errors()[0]
+                raise ValueError(f"policy_kwargs.{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
         return self
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 
@@ -21,22 +23,43 @@ FloatArray = NDArray[np.float32]
 
 OK, FAILED, OVERLOADED = 200, 500, 503
 
+# Serve sends this logger to the replica's own log file
+_logger = logging.getLogger("ray.serve")
+
 
 class GrpcBackend:
     """What `InferenceMethods` asks (replica, event loop)."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._loading: set[asyncio.Task[None]] = set()
 
     def find(self, name: str | None, version: str | None, sticky: str) -> AskedModel:
-        found = self._endpoint.store.find(name, version, sticky or str(time.monotonic_ns()))
-        return AskedModel(found, self._endpoint.store, self._endpoint.telemetry)
+        store = self._endpoint.store
+        if name is not None and store.knows(name) and not store.is_loaded(name):
+            self._start_load(name)
+        found = store.find(name, version, sticky or str(time.monotonic_ns()))
+        return AskedModel(found, store, self._endpoint.telemetry)
+
+    def _start_load(self, name: str) -> None:
+        """This caller is told to come back; what fails is told to those who come back after it."""
+        task = asyncio.get_running_loop().create_task(self._endpoint.store.load(name))
+        self._loading.add(task)
+        task.add_done_callback(self._forget_load)
+
+    def _forget_load(self, task: asyncio.Task[None]) -> None:
+        self._loading.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.warning("bigray: %s", error)
 
     def authorize(self, metadata: Mapping[bytes, bytes], scope: str) -> Key | None:
         return self._endpoint.guard.authorize(metadata, scope)
 
     def names(self) -> Sequence[str]:
         return self._endpoint.store.names()
+
+    def is_loaded(self, name: str) -> bool:
+        return self._endpoint.store.is_loaded(name)
 
 
 class AskedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from bigray.serve.config import ServeSpec
 from bigray.serve.failures import first_error_line
 from bigray.serve.ingress import free_port
 from bigray.serve.instance import controller_environment, root_url, running_client, shutdown, start_serve
-from bigray.serve.protect.exposure import check_exposure
+from bigray.serve.protect.exposure import check_exposure, check_grpc_exposure
 from bigray.serve.release.gate import GateReport, GateSettings, run_gate
 from bigray.serve.release.record import ChannelState, Release, ReplicaReport
 from bigray.serve.rollout import Channel, Mode, Watch
@@ -119,6 +119,8 @@ def deploy(
     """
     watch, args = watch or DeployWatch(), spec.application.args
     check_exposure(spec.http_options.host, args.keys is not None, is_open or args.open)
+    if spec.grpc_options is not None:
+        check_grpc_exposure(args.keys is not None, is_open or args.open)
     spec = _with_absolute_places(spec.with_args(open=True) if is_open else spec)
     location = absolute_location(bundle)
     check_factory(ModelBundle.load(location), args.allow_factories)
@@ -132,7 +134,8 @@ def deploy(
     client = start_serve(spec)
     spec = spec.with_port(client.http_config.port)
     change = _Change(client, spec, release, gate, timeout_s)
-    why = change.begin() if state is None else change.replace(state, mode or Mode(), watch.on_progress)
+    chosen = _within_slo(mode or Mode(), args.slo_ms)
+    why = change.begin() if state is None else change.replace(state, chosen, watch.on_progress)
     live = _state_of(name)
     return Deployment(name, gate.model, live.live.version if live else release.version, change.url, why)
 
@@ -243,9 +246,13 @@ class _Change:
         name = self.spec.application.name
         applied = Applied(self.client, self.spec.with_bundle(self.release.bundle))
         applied.channel.begin(self.release, self.why)  # before its replicas look for it
+        started = time.monotonic()
         with applied:
             self._wait_until_up(name, self.release.version)
-        return self.why
+        scaling = self.spec.deployment.autoscaling_config
+        if scaling is None or scaling.min_replicas > 0:
+            return self.why
+        return f"{self.why}; from zero replicas the first answer takes about {time.monotonic() - started:.1f} s"
 
     def replace(self, state: ChannelState, mode: Mode, watch: Watch) -> str:
         """Another version, where one is live."""
@@ -253,6 +260,11 @@ class _Change:
             self._apply_options()
             return "this version was live already; the file's settings are applied"
         if self._needs_surge(state):
+            if mode.kind != "load":
+                raise DeployError(
+                    f"version {self.release.version}: a {mode.kind} needs both versions in one replica, and memory "
+                    f"does not hold them; deploy it without, or say `swap: in_place` in the file's args"
+                )
             return self._surge(state)
         self._apply_options()
         channel = channel_of(self.client, self.spec.application.name)
@@ -322,6 +334,13 @@ def _gate_settings(spec: ServeSpec, force: bool) -> GateSettings:
         memory_mb=None if memory is None else int(memory / 2**20),
         force=force,
     )
+
+
+def _within_slo(mode: Mode, slo_ms: float | None) -> Mode:
+    """A canary or shadow is held to the file's SLO, unless it was given another."""
+    if mode.limits.slo_ms is not None or slo_ms is None:
+        return mode
+    return replace(mode, limits=replace(mode.limits, slo_ms=slo_ms))
 
 
 def _state_of(name: str) -> ChannelState | None:

@@ -59,7 +59,7 @@ def grpc_port() -> int:
 @pytest.fixture(scope="module")
 def endpoint(cluster: Connection, bundle: str, grpc_port: int) -> runner.Deployment:
     spec = load_serve("serve/local.yaml").with_port(0)
-    return runner.deploy(bundle, spec.model_copy(update={"grpc_options": GrpcSection(port=grpc_port)}))
+    return runner.deploy(bundle, spec.model_copy(update={"grpc_options": GrpcSection(port=grpc_port)}), is_open=True)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,19 @@ def check_exposure(host: str, has_keys: bool, is_open: bool) -> None:
     )
 
 
+def check_grpc_exposure(has_keys: bool, is_open: bool) -> None:
+    """Refuse gRPC that anybody may ask: replicas listen for it on all interfaces, whatever `http_options.host` says.
+
+    Raises:
+        SpecError: there are no keys, and `--open` was not given.
+    """
+    if not (has_keys or is_open):
+        raise SpecError(
+            "grpc_options: Ray lets replicas listen for gRPC on all interfaces, so it needs keys: `bigray keys add "
+            "NAME --file keys.json`, then `keys: keys.json` in the serve file's args; or --open to let anybody ask"
+        )
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches `host`; a name other than `localhost` counts as reachable by others."""
     name = host.strip().removeprefix("[").removesuffix("]").lower()

@@ -125,7 +125,9 @@ def gate_table(checks: Sequence[Check]) -> Table:
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("found", overflow="fold")
     for check in checks:
-        mark = Text("passed", "green") if check.passed else Text("refused", "bold red")
+        mark = Text("passed", "green") if check.passed else Text("forced", "bold yellow")
+        if check.detail.startswith("skipped"):
+            mark = Text("skipped", "dim")
         table.add_row(Text(check.name), mark, f"{check.seconds:.2f}", Text(check.detail))
     return table
 

@@ -287,7 +287,7 @@ def _entry(entry: Any) -> tuple[float, int]:
         raise ValueError(f"expected an object, got {type(entry).__name__}")
     if "time" not in entry:
         raise ValueError(f"no key 'time'{did_you_mean('time', entry) if entry else ''}")
-    rows = entry.get("rows", 1) or 0
+    rows = entry.get("rows", 0 if "lost" in entry else 1) or 0  # a line about lines that were lost is no request
     if not isinstance(rows, int) or rows < 0:
         raise ValueError(f"rows: expected a whole number, got {rows!r}")
     return _timestamp(str(entry["time"])), rows

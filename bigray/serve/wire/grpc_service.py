@@ -83,6 +83,9 @@ class Backend(Protocol):
 
     def names(self) -> Sequence[str]: ...
 
+    def is_loaded(self, name: str) -> bool:
+        """Without having it loaded, which `find` may."""
+
 
 def add_inference_service(servicer: Any, server: Any) -> None:
     """Register the service's methods with a gRPC server; what Serve's `grpc_servicer_functions` names."""
@@ -117,8 +120,9 @@ class InferenceMethods:
     async def ModelReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """Not ready rather than not found: the question is whether it can be asked."""
         try:
-            self._grpc_backend.find(request.name or None, request.version or None, "")
-            ready = True
+            ready = not request.name or self._grpc_backend.is_loaded(request.name)
+            if ready:
+                self._grpc_backend.find(request.name or None, request.version or None, "")
         except Refusal:
             ready = False
         return message_class("ModelReadyResponse")(ready=ready)
@@ -166,10 +170,9 @@ class InferenceMethods:
         return self._grpc_backend.find(name or None, version or None, sticky)
 
     def _index_entry(self, name: str) -> dict[str, str]:
-        try:
-            return {"name": name, "version": self._grpc_backend.find(name, None, "").version, "state": "READY"}
-        except Refusal:
+        if not self._grpc_backend.is_loaded(name):
             return {"name": name, "state": "UNAVAILABLE"}
+        return {"name": name, "version": self._grpc_backend.find(name, None, "").version, "state": "READY"}
 
 
 def decode_request(request: Any, manifest: BundleManifest) -> InferRequest:

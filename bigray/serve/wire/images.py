@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,15 @@ def decode_image(body: bytes, manifest: BundleManifest) -> FloatArray:
     low, high = manifest.input_range or (0.0, BRIGHTEST)
     values = low + pixels * ((high - low) / BRIGHTEST)
     return manifest.inputs.checked(values.reshape(1, *manifest.inputs.input_shape))
+
+
+def prepare_images(manifest: BundleManifest) -> None:
+    """Load what decoding needs, where the model takes images: the first one should not wait for it."""
+    with contextlib.suppress(SpecError, ImportError):
+        image_layout(manifest)
+        from PIL import Image
+
+        Image.preinit()
 
 
 def image_layout(manifest: BundleManifest) -> tuple[int, int, int, int]:

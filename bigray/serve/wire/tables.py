@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.ipc
 from numpy.typing import NDArray
 
@@ -44,13 +43,15 @@ def decode_csv(body: bytes, schema: FeatureSchema) -> FloatArray:
         shape = schema.input_shape
         raise SpecError(f"text/csv: '{schema.tensor_name}' is a tensor of shape {shape}; send JSON, Arrow or .npy")
     names = [column.name for column in schema.columns]
+    from pyarrow import csv as arrow_csv  # not at each replica's start: it loads the whole of pyarrow.compute
+
     _check_csv_header(body, names)
     try:
-        table = pa.csv.read_csv(
+        table = arrow_csv.read_csv(
             pa.BufferReader(body),
             # one thread and one block: only so does a message name the row
-            pa.csv.ReadOptions(use_threads=False, block_size=min(len(body) + 1, 2**31 - 1)),
-            convert_options=pa.csv.ConvertOptions(
+            arrow_csv.ReadOptions(use_threads=False, block_size=min(len(body) + 1, 2**31 - 1)),
+            convert_options=arrow_csv.ConvertOptions(
                 include_columns=names, column_types=dict.fromkeys(names, pa.float64()), null_values=[""]
             ),
         )

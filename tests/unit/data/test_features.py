@@ -168,7 +168,7 @@ def _thoroughly(schema: FeatureSchema, records: list[dict[str, Any]]) -> tuple[s
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_records_mean_the_same_read_quickly_and_thoroughly(name: str, data: st.DataObject) -> None:
     schema = SCHEMAS[name]

@@ -122,3 +122,38 @@ def test_only_a_full_queue_counts_as_shed(endpoint, make_model, status, shed):
         asyncio.run(model.submit(ROWS))
     snapshot = endpoint.telemetry.snapshot()
     assert (snapshot["shed"], snapshot["requests"][0]["statuses"]) == (shed, {str(status): 1})
+
+
+def test_another_model_is_loaded_while_its_first_caller_is_told_to_come_back(release, regression_location):
+    args = BundleArgs.model_validate(
+        {"bundle": release.bundle, "models": [{"name": "area", "bundle": regression_location}]}
+    )
+    endpoint = assemble(release.bundle, args, num_threads=1)
+    backend = GrpcBackend(endpoint)
+
+    async def story():
+        with pytest.raises(Refusal) as refused:
+            backend.find("area", None, "")
+        while not endpoint.store.is_loaded("area"):
+            await asyncio.sleep(0.001)
+        return refused.value.status, backend.find("area", None, "").name
+
+    assert asyncio.run(story()) == (503, "area")
+
+
+def test_a_model_that_cannot_be_loaded_disturbs_no_other(release, tmp_path):
+    args = BundleArgs.model_validate(
+        {"bundle": release.bundle, "models": [{"name": "area", "bundle": str(tmp_path / "nothing")}]}
+    )
+    endpoint = assemble(release.bundle, args, num_threads=1)
+    backend = GrpcBackend(endpoint)
+
+    async def story():
+        for _ in range(2):
+            with pytest.raises(Refusal):
+                backend.find("area", None, "")
+            with pytest.raises(Refusal) as refused:
+                await endpoint.store.load("area")
+        return refused.value.status, len((await backend.find(None, None, "").submit(ROWS)).labels)
+
+    assert asyncio.run(story()) == (503, 2)

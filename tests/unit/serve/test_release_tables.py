@@ -159,5 +159,5 @@ def test_the_gate_is_shown_with_what_each_check_found() -> None:
 
     assert next(line.split() for line in lines if "hashes" in line) == ["hashes", "passed", "0.01", "2", "files"]
     assert next(line.split() for line in lines if "holdout" in line) == [
-        *("holdout", "refused", "1.50", "[accuracy]", "0.1")
+        *("holdout", "forced", "1.50", "[accuracy]", "0.1")
     ]

@@ -254,7 +254,7 @@ def test_a_replica_that_is_never_ready_ends_it_in_time(a, b):
     with running(a) as fleet:
         fleet.names = fleet.names | {"silent"}
         with pytest.raises(DeployError, match=r"2 of 3 replicas have loaded it, not in time; see the replicas' logs"):
-            bring_in(fleet, b, timeout_s=0.5)
+            bring_in(fleet, b, timeout_s=0.25)
         wait_until(lambda: fleet.settled(a.version))
         assert [action for _, action, _ in fleet.history] == ["refused"]
 
@@ -450,7 +450,7 @@ def test_replicas_that_do_not_follow_are_told(a, b):
         bring_in(fleet, b)
         fleet.names = fleet.names | {"silent"}
         with pytest.raises(DeployError, match=r"live in 2 of 3 replicas, not in time"):
-            fleet.channel.go_back("asked for", 0.5, NOBODY)
+            fleet.channel.go_back("asked for", 0.25, NOBODY)
 
 
 # ----- the first version, and replicas of their own

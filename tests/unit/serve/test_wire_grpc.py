@@ -70,6 +70,9 @@ class Backend:
     def names(self) -> tuple[str, ...]:
         return (*self._models, "busy")
 
+    def is_loaded(self, name: str) -> bool:
+        return name in self._models
+
 
 class Service(InferenceMethods):
     def __init__(self, backend: Backend) -> None:
