@@ -23,6 +23,7 @@ from bigray.serve.observe.telemetry import MODEL_ROUTES, Telemetry
 from bigray.serve.protect.guard import Guard
 from bigray.serve.routes import OPEN, Route, Router
 from bigray.serve.store import ModelStore
+from bigray.serve.under_way import CLOSE, Attended, UnderWay
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -68,6 +69,8 @@ class ModelApp:
         self._tick = tick
         self._store, self._router, self._guard = store, router, guard
         self._telemetry, self._limits, self._access_log = telemetry, limits, access_log
+        self._under_way = UnderWay(limits.body_timeout_s)
+        self._ticking: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -78,10 +81,19 @@ class ModelApp:
             await send({"type": "websocket.close", "code": 1003})
 
     async def _answer_http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._ticking is None or self._ticking.done():
+            self._start_ticking()
         started = time.perf_counter()
-        exchange = _Exchange(scope, dict(scope["headers"]))
+        exchange = _Exchange(scope, dict(scope["headers"]), self._under_way.begin(receive))
         try:
             answer = await self._answer(exchange, receive)
+        except asyncio.CancelledError:
+            refusal = exchange.attended.fault
+            if refusal is None or exchange.attended.task is None:
+                raise
+            exchange.attended.task.uncancel()  # it was given up here, and is to be answered
+            self._count_refusal(refusal, exchange)
+            answer = _error(refusal.status, refusal.message, refusal.headers)
         except Refusal as refusal:
             self._count_refusal(refusal, exchange)
             answer = _error(refusal.status, refusal.message, refusal.headers)
@@ -91,6 +103,7 @@ class ModelApp:
             _logger.exception("bigray: a request failed")
             answer = _error(500, "internal error; the replica's log has the details")
         finally:
+            self._under_way.end(exchange.attended)
             if exchange.is_model_route:
                 self._telemetry.ongoing(-1)
         self._record(exchange, answer, time.perf_counter() - started)
@@ -125,14 +138,11 @@ class ModelApp:
         return question.encode(predictions, exchange.answered)
 
     async def _read_body(self, exchange: _Exchange, receive: Receive) -> bytes:
-        try:
-            async with asyncio.timeout(self._limits.body_timeout_s):
-                message = await receive()  # of a body that was announced, nothing may ever come
-                body: bytes = message.get("body", b"")
-                if message.get("more_body", False):
-                    body = await self._read_rest(exchange, receive, body)
-        except TimeoutError:
-            raise Refusal(408, f"body: not complete within {self._limits.body_timeout_s:g} s", _CLOSE) from None
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body", False):
+            body = await self._read_rest(exchange, receive, body)
+        exchange.attended.is_reading = False
         exchange.body_bytes = len(body)
         if len(body) > self._limits.max_body_bytes:
             raise self._too_large(len(body))
@@ -141,16 +151,16 @@ class ModelApp:
     async def _read_rest(self, exchange: _Exchange, receive: Receive, first: bytes) -> bytes:
         announced = _content_length(exchange.headers)
         if announced > max(DRAINED_BYTES, self._limits.max_body_bytes):
-            raise self._too_large(announced, _CLOSE)
+            raise self._too_large(announced, CLOSE)
         chunks, size, more = [first], len(first), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Refusal(400, "body: the connection ended in it", _CLOSE)
+                raise Refusal(400, "body: the connection ended in it", CLOSE)
             chunk: bytes = message.get("body", b"")
             size += len(chunk)
             if size > max(DRAINED_BYTES, self._limits.max_body_bytes):
-                raise self._too_large(size, _CLOSE)
+                raise self._too_large(size, CLOSE)
             if size <= self._limits.max_body_bytes:
                 chunks.append(chunk)
             more = message.get("more_body", False)
@@ -166,20 +176,25 @@ class ModelApp:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         """From the server's start to its end."""
-        ticking = asyncio.get_running_loop().create_task(self._keep_ticking())
+        self._start_ticking()
         while True:
             message = await receive()
             is_end = message["type"] == "lifespan.shutdown"
             if is_end:
-                ticking.cancel()
+                if self._ticking is not None:
+                    self._ticking.cancel()
                 if self._access_log is not None:
                     await asyncio.to_thread(self._access_log.close)
             await send({"type": f"{message['type']}.complete"})
             if is_end:
                 return
 
+    def _start_ticking(self) -> None:
+        self._ticking = asyncio.get_running_loop().create_task(self._keep_ticking())
+
     async def _keep_ticking(self) -> None:
         while True:
+            self._under_way.look_after()
             self._tick()
             await asyncio.sleep(TICK_S)
 
@@ -217,6 +232,7 @@ class _Exchange:
     __slots__ = (
         "_id",
         "answered",
+        "attended",
         "body_bytes",
         "headers",
         "is_model_route",
@@ -228,8 +244,8 @@ class _Exchange:
         "scope",
     )
 
-    def __init__(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        self.scope, self.headers = scope, headers
+    def __init__(self, scope: Scope, headers: Mapping[bytes, bytes], attended: Attended) -> None:
+        self.scope, self.headers, self.attended = scope, headers, attended
         self.method: str = scope["method"]
         self.path: str = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         self.route, self.key_id, self.rows, self.body_bytes = "other", "", 0, 0
@@ -265,9 +281,6 @@ class _Exchange:
         return ((b"x-bigray-version", version.encode()), (b"x-request-id", self.request_id().encode()))
 
 
-_CLOSE: Headers = ((b"connection", b"close"),)
-
-
 async def _send_answer(send: Send, answer: Answer, headers: Headers) -> None:
     length = (b"content-length", str(len(answer.body)).encode())
     sent = ((b"content-type", answer.content_type), length, *headers, *answer.headers)
@@ -278,7 +291,7 @@ async def _send_answer(send: Send, answer: Answer, headers: Headers) -> None:
 def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
     """HAProxy has limits of its own; a replica can be reached without it, and its HTTP parser has none."""
     if len(headers) > MOST_HEADERS or sum(len(name) + len(value) for name, value in headers) > MOST_HEADER_BYTES:
-        raise Refusal(431, f"headers: more than {MOST_HEADERS}, or {MOST_HEADER_BYTES // 1024} kB of them", _CLOSE)
+        raise Refusal(431, f"headers: more than {MOST_HEADERS}, or {MOST_HEADER_BYTES // 1024} kB of them", CLOSE)
 
 
 def _error(status: int, message: str, headers: Headers = ()) -> Answer:

@@ -12,6 +12,7 @@ from ray import serve
 from bigray.serve.asgi import ModelApp
 from bigray.serve.assembly import assemble
 from bigray.serve.config import BundleArgs
+from bigray.serve.direct import go_direct
 from bigray.serve.grpc_backend import GrpcBackend
 from bigray.serve.protect.exposure import check_exposure
 from bigray.serve.release.registry import Registry
@@ -47,6 +48,7 @@ class Model(InferenceMethods):
             reports=registry.reports,
         )
         self._grpc_backend = GrpcBackend(self._endpoint)
+        go_direct(self._endpoint.app)
         identity = Identity(context.replica_tag, ray.get_runtime_context().get_node_id(), os.getpid())
         self._steward = Steward(
             registry,

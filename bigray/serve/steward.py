@@ -36,6 +36,7 @@ SILENT_S = 10.0
 """A replica that has not reported for so long is gone."""
 RETRY_S = 10.0
 """After which a live version that could not be loaded is tried again."""
+FORGOTTEN_S, REPORTS_BEFORE_FORGETTING = 600.0, 60
 STALE_S = 15.0
 """A canary or shadow whose watcher has not been heard for so long gets no traffic any more."""
 
@@ -102,8 +103,16 @@ class Steward:
                 if time.monotonic() - checked_keys > KEYS_S:
                     checked_keys = time.monotonic()
                     self._keep_keys()
+                if self._sequence % REPORTS_BEFORE_FORGETTING == 0:
+                    self._forget_the_gone()
             except Exception as error:  # as above
                 _logger.warning("bigray: a report could not be written: %s", last_line(error))
+
+    def _forget_the_gone(self) -> None:
+        """Remove what replicas reported that are gone for long."""
+        for report in self._registry.reports():
+            if report.at < time.time() - FORGOTTEN_S:
+                self._registry.forget(report.replica)
 
     def _keep_keys(self) -> None:
         """Read the key file again, and share each key's rate with the other replicas."""

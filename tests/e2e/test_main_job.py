@@ -5,6 +5,9 @@ import signal
 import subprocess
 from pathlib import Path
 
+from bigray.bundle import ModelBundle
+from bigray.data.features import Column
+from bigray.serve.sample import write_sample_bundle
 from tests.e2e.conftest import BIGRAY, Run, only_json, ray_processes
 
 DIGITS = "examples/digits/job.toml"
@@ -53,9 +56,31 @@ def check_deploying_the_run_again(bigray: Run, folder: str, tmp_path: Path, serv
         status, predicted = bigray("status"), bigray("predict", url, str(rows))
         assert "RUNNING" in status.stdout, status.stderr
         assert '"label"' in predicted.stdout, predicted.stderr
+        check_another_version(bigray, url, folder, tmp_path, serve_file)
         deleted, after = bigray("delete", "model"), bigray("status")
         assert deleted.returncode == 0, deleted.stderr
         assert "nothing is served" in after.stdout
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+
+
+def check_another_version(bigray: Run, url: str, folder: str, tmp_path: Path, serve_file: str) -> None:
+    """A worse version is refused, forced in, seen, traced and taken back, from other terminals."""
+    live = ModelBundle.load(f"{folder}/bundle").version
+    columns = (Column(name="image", shape=(8, 8)),)
+    worse = write_sample_bundle(str(tmp_path / "worse"), name="digits", columns=columns, onnx=False)
+    deploy = ("deploy", worse, "--address", "auto", "--config", serve_file)
+    refused = bigray(*deploy)
+    assert refused.returncode == 6, refused.stderr
+    assert "refused by the gate" in refused.stderr
+    forced = only_json(bigray(*deploy, "--force", "--json").stdout)["deployment"]
+    assert forced["version"] == ModelBundle.load(worse).version
+    assert only_json(bigray("top", url, "--json").stdout)["versions"]["live"] == forced["version"]
+    assert only_json(bigray("trace", live, "--storage", str(tmp_path / "runs"), "--json").stdout)["model"] in (
+        "mlp",
+        "cnn",
+    )
+    assert only_json(bigray("rollback", "model", "--json").stdout)["live"] == live
+    history = only_json(bigray("versions", "model", "--json").stdout)["history"]
+    assert [entry["action"] for entry in history] == ["deployed", "forced", "rolled back"]
