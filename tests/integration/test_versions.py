@@ -213,6 +213,21 @@ def test_a_version_that_is_worse_is_refused_while_the_live_one_goes_on(endpoint,
     assert state_of(endpoint).live == live
 
 
+def test_a_version_in_replicas_of_its_own_takes_over_without_a_dropped_request(endpoint, bundles, spec, key):
+    before = state_of(endpoint)
+    (candidate,) = set(bundles) - {before.live.bundle}
+    with traffic(endpoint, key, bundles) as asked:
+        deployed = runner.deploy(candidate, spec.with_args(swap="surge"), force=True)
+        assert wait_for(lambda: asked.versions[deployed.version] > 20)
+    state, reports = runner.versions(endpoint.name)
+    assert (state.live.bundle, state.previous, state.replaced) == (candidate, None, before.live)
+    assert [entry.version for entry in state.history[: len(before.history)]] == [e.version for e in before.history]
+    assert {report.loaded for report in reports} == {(deployed.version,)}
+    with pytest.raises(DeployError, match="deploy"):
+        runner.rollback(endpoint.name)
+    runner.deploy(before.live.bundle, spec, force=True)  # in place again, with a version to go back to
+
+
 def test_a_killed_replica_comes_back_with_the_live_version(endpoint, bundles, key):
     live = runner.rollback(endpoint.name).live  # so that at one of the two it is not the one Serve was given
     state, (report,) = runner.versions(endpoint.name)

@@ -539,3 +539,18 @@ def test_an_older_history_is_taken_up(registry, a, b):
     replica.step()
 
     assert set(sides(replica)) == {a.version, b.version}
+
+
+def test_what_a_replica_reported_that_is_gone_for_long_is_forgotten(registry, replica, monkeypatch):
+    replica.step()
+    old = replica.report.model_copy(
+        update={"replica": "gone", "at": replica.report.at - 2 * steward_module.FORGOTTEN_S}
+    )
+    registry.report(old)
+    monkeypatch.setattr(steward_module, "REPORT_S", 0.01)
+    monkeypatch.setattr(steward_module, "REPORTS_BEFORE_FORGETTING", 1)
+    replica.steward.start()
+    try:
+        wait_until(lambda: [report.replica for report in registry.reports()] == ["r1"])
+    finally:
+        replica.steward.stop()
