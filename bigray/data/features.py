@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,8 @@ class FeatureSchema(BaseModel):
     def checked(self, values: Any) -> FloatArray:
         """Nested numbers or an array -> float32 array (rows, *input_shape), or `SpecError` naming what is wrong."""
         expected = f"({', '.join(('rows', *map(str, self.input_shape)))})"
+        if isinstance(values, list) and holds_text(values):
+            raise SpecError(f"{self.tensor_name}: expected numbers, got {_example_of_non_number(values)}")
         try:
             array = np.asarray(values)
         except ValueError:
@@ -92,6 +95,20 @@ class FeatureSchema(BaseModel):
             return [[record[name] for name in names] for record in records]
         except (KeyError, TypeError, IndexError):
             raise SpecError(_missing_column(names, records)) from None
+
+
+def holds_text(values: list[Any]) -> bool:
+    """Whether there is a string or an object in nested lists: of one long string numpy would make a whole array of
+    that length, gigabytes from a small body."""
+    level: list[Any] = values
+    while level:
+        kinds = set(map(type, level))
+        if kinds & {str, bytes, dict}:
+            return True
+        if list not in kinds:
+            return False
+        level = list(chain.from_iterable(value for value in level if type(value) is list))
+    return False
 
 
 def _plain_numbers(rows: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float64] | None:

@@ -91,7 +91,8 @@ class ModelApp:
             refusal = exchange.attended.fault
             if refusal is None or exchange.attended.task is None:
                 raise
-            exchange.attended.task.uncancel()  # it was given up here, and is to be answered
+            if exchange.attended.task.uncancel() > 0:
+                raise  # the server ends it as well
             self._count_refusal(refusal, exchange)
             answer = _error(refusal.status, refusal.message, refusal.headers)
         except Refusal as refusal:

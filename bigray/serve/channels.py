@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,12 @@ class Applied:
     def deployed(client: ServeControllerClient) -> dict[str, dict[str, Any]]:
         """The config of each application, by name; those deployed from Python rather than from a file have none."""
         applications = client.get_serve_details()["applications"]
-        configs = {name: details.get("deployed_app_config") for name, details in applications.items()}
+        configs = {
+            name: details.get("deployed_app_config")
+            for name, details in applications.items()
+            # one that is on its way out must not be handed in again
+            if str(getattr(details["status"], "value", details["status"])) != "DELETING"
+        }
         return {name: config for name, config in configs.items() if config}
 
     def __enter__(self) -> Applied:
@@ -59,13 +65,19 @@ class Applied:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None or not self._is_still_ours():
             return
         if self._earlier is None:
-            self._client.delete_apps([self._name], blocking=False)
+            with contextlib.suppress(TimeoutError):  # it goes all the same; why the block failed is the story to tell
+                self._client.delete_apps([self._name])
             self.channel.forget()
         else:
             self._apply(self._earlier)
+
+    def _is_still_ours(self) -> bool:
+        """Whether nobody has deployed another config under this name meanwhile."""
+        now = self.deployed(self._client).get(self._name)
+        return now is None or now["args"] == self._spec.application_document()["args"]
 
     def _apply(self, application: dict[str, Any]) -> None:
         """The step of `serve deploy`, which replaces everything served; so what runs already is handed in again."""

@@ -21,8 +21,10 @@ def go_direct(app: ModelApp) -> None:
 
     Leans on three names of `ray.serve._private` of 2.60. It changes them in this process only, which is one replica's.
     """
-    from ray.serve._private import http_util, replica
+    from ray.serve._private import constants, http_util, replica
 
+    if constants.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD:
+        return  # the server's event loop is not the application's then
     start_server = replica.start_asgi_http_server
     add_request_id = http_util.RequestIdMiddleware.__call__
 
@@ -57,7 +59,19 @@ class DirectApp:
                 await self._serves_app(scope, receive, send)  # which answers that there is nothing
                 return
             scope["root_path"] = root + prefix
-        await self._app(scope, receive, send)
+        await self._counted(scope, receive, send)
+
+    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve's own count of requests stays right: its default autoscaling and its draining go by it."""
+        metrics = getattr(self._replica, "_metrics_manager", None)
+        if metrics is None:
+            await self._app(scope, receive, send)
+            return
+        metrics._num_ongoing_requests += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            metrics._num_ongoing_requests -= 1
 
 
 def _is_ours(scope: Scope) -> bool:

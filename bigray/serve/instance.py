@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 SHUTDOWN_TIMEOUT_S = 30.0
+GRPC_MARGIN_BYTES = 64 * 1024
+"""What a message holds beside its tensors."""
 
 
 def running_client() -> ServeControllerClient | None:
@@ -113,7 +115,12 @@ def root_url(client: ServeControllerClient) -> str:
 def controller_environment(spec: ServeSpec, port: int) -> dict[str, str]:
     """bigray's settings for Serve's processes, and the file's own before them."""
     uses_tls = spec.http_options.ssl_certfile is not None
-    return ingress_settings(port, uses_tls=uses_tls) | spec.controller_options.runtime_env.get("env_vars", {})
+    settings = ingress_settings(port, uses_tls=uses_tls)
+    if spec.grpc_options is not None:
+        # a message is parsed before its key is looked at; Ray's own limit is 2 GB
+        limit = int(spec.application.args.max_body_mb * 2**20) + GRPC_MARGIN_BYTES
+        settings["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] = str(limit)
+    return settings | spec.controller_options.runtime_env.get("env_vars", {})
 
 
 def _ray_ends_with_this_process() -> bool:

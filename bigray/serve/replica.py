@@ -9,12 +9,13 @@ from collections.abc import Mapping
 import ray
 from ray import serve
 
+from bigray.errors import DeployError
 from bigray.serve.asgi import ModelApp
 from bigray.serve.assembly import assemble
 from bigray.serve.config import BundleArgs
 from bigray.serve.direct import go_direct
 from bigray.serve.grpc_backend import GrpcBackend
-from bigray.serve.protect.exposure import check_exposure
+from bigray.serve.protect.exposure import check_exposure, check_grpc_exposure
 from bigray.serve.release.registry import Registry
 from bigray.serve.steward import Identity, Steward
 from bigray.serve.wire.grpc_service import InferenceMethods
@@ -33,7 +34,7 @@ class Model(InferenceMethods):
 
     def __init__(self, args: BundleArgs) -> None:
         # Ray's own tools deploy the same file: they start nothing that `bigray deploy` would refuse
-        check_exposure(_listening_host(), args.keys is not None, args.open)
+        _check_exposure(args)
         context = serve.get_replica_context()
         registry = Registry(context.app_name, args.bundle)
         state = registry.read()
@@ -47,6 +48,9 @@ class Model(InferenceMethods):
             replica=context.replica_tag,
             reports=registry.reports,
         )
+        if state is not None and self._endpoint.store.view.live.version != state.live.version:
+            found = self._endpoint.store.view.live.version
+            raise DeployError(f"{bundle}: holds version {found} now, not the live one, {state.live.version}")
         self._grpc_backend = GrpcBackend(self._endpoint)
         go_direct(self._endpoint.app)
         identity = Identity(context.replica_tag, ray.get_runtime_context().get_node_id(), os.getpid())
@@ -71,12 +75,16 @@ class Model(InferenceMethods):
         return {f"bigray_{name}": float(value) for name, value in load.items()}  # type: ignore[arg-type]
 
 
-def _listening_host() -> str:
+def _check_exposure(args: BundleArgs) -> None:
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
     assert client is not None, "a replica has a controller"
-    return str(client.http_config.host)
+    check_exposure(str(client.http_config.host), args.keys is not None, args.open)
+    # what the running Serve listens for, whatever this application's own file says
+    grpc = ray.get(client._controller.get_grpc_config.remote())
+    if grpc.port > 0 and grpc.grpc_servicer_functions:
+        check_grpc_exposure(args.keys is not None, args.open)
 
 
 def _num_cpus() -> float:

@@ -190,7 +190,7 @@ class Channel:
             running, reports = self._replicas(), self.reports()
             switched = {report.replica for report in reports if report.live == release.version}
             watch(Progress("switching", len(switched), len(running)))
-            if running and switched >= running:
+            if switched >= running:  # of none too: a replica that starts later reads the state first
                 return
             _check(deadline, f"version {release.version}: live in {len(switched)} of {len(running)} replicas")
             time.sleep(POLL_S)

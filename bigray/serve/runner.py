@@ -133,6 +133,7 @@ def deploy(
     release = Release(version=gate.version, bundle=location)
     client = start_serve(spec)
     spec = spec.with_port(client.http_config.port)
+    _check_unchanged(name, state)
     change = _Change(client, spec, release, gate, timeout_s)
     chosen = _within_slo(mode or Mode(), args.slo_ms)
     why = change.begin() if state is None else change.replace(state, chosen, watch.on_progress)
@@ -201,7 +202,10 @@ def delete(name: str) -> None:
     if client is None or name not in names:
         raise _unknown(name, names)
     channel = channel_of(client, name)
-    client.delete_apps([name])
+    try:
+        client.delete_apps([name])
+    except TimeoutError:
+        raise DeployError(f"application '{name}': still on its way out after a minute; see `bigray status`") from None
     if channel is not None:
         channel.forget()
     if names == [name]:
@@ -259,6 +263,10 @@ class _Change:
         if state.live.version == self.release.version:
             self._apply_options()
             return "this version was live already; the file's settings are applied"
+        if mode.kind != "load" and "schema" in self.gate.forced:
+            raise DeployError(
+                f"version {self.release.version}: a {mode.kind} needs the live version's inputs and outputs"
+            )
         if self._needs_surge(state):
             if mode.kind != "load":
                 raise DeployError(
@@ -275,7 +283,11 @@ class _Change:
 
     def _apply_options(self) -> None:
         """What the file says beside the bundle, where it has changed; Serve replaces the replicas if it has to."""
-        deployed = Applied.deployed(self.client)[self.spec.application.name]
+        deployed = Applied.deployed(self.client).get(self.spec.application.name)
+        if deployed is None:
+            raise DeployError(
+                f"application '{self.spec.application.name}': it has been deleted meanwhile; deploy again"
+            )
         with Applied(self.client, self.spec.with_bundle(deployed["args"]["bundle"])):
             state = _state_of(self.spec.application.name)
             self._wait_until_up(self.spec.application.name, state.live.version if state else self.release.version)
@@ -334,6 +346,13 @@ def _gate_settings(spec: ServeSpec, force: bool) -> GateSettings:
         memory_mb=None if memory is None else int(memory / 2**20),
         force=force,
     )
+
+
+def _check_unchanged(name: str, before: ChannelState | None) -> None:
+    """The gate takes seconds, in which somebody else may have deployed, promoted or rolled back."""
+    now = _state_of(name)
+    if (now and (now.live, now.rollout is None)) != (before and (before.live, before.rollout is None)):
+        raise DeployError(f"application '{name}': another version became live while the gate ran; deploy again")
 
 
 def _within_slo(mode: Mode, slo_ms: float | None) -> Mode:

@@ -94,15 +94,20 @@ class Steward:
                 self.step(time.monotonic())
             except Exception as error:  # the store of states may be away for a while; the live version goes on
                 _logger.warning("bigray: the channel's state could not be read: %s", last_line(error))
+                if self._state is not None:  # a canary does not go on unwatched because nothing can be read
+                    self._show(self._state, self._heartbeat.hears(self._state.rollout, time.monotonic()))
 
     def _keep_reporting(self) -> None:
         checked_keys = 0.0
         while not self._stopped.wait(REPORT_S):
+            is_due = time.monotonic() - checked_keys > KEYS_S
+            if is_due:
+                checked_keys = time.monotonic()
+                self._guard.reload()  # needs no cluster: a revoked key is refused though nothing can be reported
             try:
                 self.report()
-                if time.monotonic() - checked_keys > KEYS_S:
-                    checked_keys = time.monotonic()
-                    self._keep_keys()
+                if is_due:
+                    self._share_rates()
                 if self._sequence % REPORTS_BEFORE_FORGETTING == 0:
                     self._forget_the_gone()
             except Exception as error:  # as above
@@ -114,13 +119,11 @@ class Steward:
             if report.at < time.time() - FORGOTTEN_S:
                 self._registry.forget(report.replica)
 
-    def _keep_keys(self) -> None:
-        """Read the key file again, and share each key's rate with the other replicas."""
-        if self._guard.is_open:
-            return
-        self._guard.reload()
-        recent = time.time() - SILENT_S
-        self._guard.set_replicas(max(1, sum(report.at > recent for report in self._registry.reports())))
+    def _share_rates(self) -> None:
+        """Each key's rate is granted by all replicas together."""
+        if not self._guard.is_open:
+            recent = time.time() - SILENT_S
+            self._guard.set_replicas(max(1, sum(report.at > recent for report in self._registry.reports())))
 
     def step(self, now: float) -> None:
         """Look at the channel's state once and do what it asks for."""
@@ -129,6 +132,8 @@ class Steward:
             self._show(self._state, self._heartbeat.hears(self._state.rollout, now))
             return
         state = self._registry.read()
+        if state is None and self._state is not None:
+            return  # cleared under us: the application is being deleted
         if state is None:
             live = self._store.view.live
             self._registry.write(initial(Release(version=live.version, bundle=live.bundle), _utc_now()))
@@ -255,14 +260,17 @@ class _Heartbeat:
     def __init__(self) -> None:
         self._last: tuple[str, int] | None = None
         self._heard_at = 0.0
+        self._is_first_look = True
 
     def hears(self, rollout: Rollout | None, now: float) -> bool:
+        is_first_look, self._is_first_look = self._is_first_look, False
         if rollout is None:
             self._last = None
             return True
         beat = (rollout.release.version, rollout.beat)
         if beat != self._last:
-            self._last, self._heard_at = beat, now
+            # what a replica finds when it starts may be there for long: it waits for the next beat, a second
+            self._last, self._heard_at = beat, now - STALE_S if is_first_look else now
         return now - self._heard_at < STALE_S
 
 

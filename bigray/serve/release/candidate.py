@@ -39,9 +39,14 @@ _SIGNS_OF_NO_MEMORY = (
 )
 
 
+NICENESS = 10
+"""What is tried stands back behind what serves, where both are on one machine."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Load, say so, and serve until the standard input ends."""
     options = _parser().parse_args(arguments)
+    os.nice(NICENESS)
     report = _take_standard_output()
     threading.Thread(target=_end_with_standard_input, name="end-with-parent", daemon=True).start()
     if options.memory_mb is not None:

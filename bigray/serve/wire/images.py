@@ -20,6 +20,9 @@ FloatArray = NDArray[np.float32]
 
 MAX_PIXELS = 50_000_000
 BRIGHTEST = 255.0
+JPEG, JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
+MOST_SCANS = 100
+"""Of a progressive JPEG; each is worked over the whole picture, and an empty one is 16 bytes."""
 
 
 def decode_image(body: bytes, manifest: BundleManifest) -> FloatArray:
@@ -71,6 +74,8 @@ def _load(body: bytes, mode: str, size: tuple[int, int]) -> Image:
         from PIL import Image
     except ImportError:
         raise Refusal(415, "images need Pillow where the endpoint runs; send JSON, Arrow or .npy") from None
+    if body.startswith(JPEG) and body.count(JPEG_SCAN) > MOST_SCANS:
+        raise Refusal(413, f"image: a JPEG of more than {MOST_SCANS} scans; send it as a baseline JPEG or a PNG")
     try:
         image: Image.Image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))
         _check_size(image.size)

@@ -142,7 +142,10 @@ def _is_list(kind: pa.DataType) -> bool:
 def _check_csv_header(body: bytes, names: Sequence[str]) -> None:
     """Each column exactly once: of two with the same name, pyarrow would take one without a word."""
     line = body.lstrip(b"\r\n").partition(b"\n")[0]
-    found = next(csv.reader([line.decode("utf-8-sig", "replace").rstrip("\r")], strict=False), [])
+    try:
+        found = next(csv.reader([line.decode("utf-8-sig", "replace").rstrip("\r")], strict=False), [])
+    except csv.Error as error:
+        raise SpecError(f"text/csv: the header cannot be read: {error}") from None
     for name in names:
         if found.count(name) != 1:
             listed = ", ".join(found[:20])

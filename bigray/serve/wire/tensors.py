@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigray.bundle import BundleManifest, OutputSchema
-from bigray.data.features import FeatureSchema
+from bigray.data.features import FeatureSchema, holds_text
 from bigray.errors import SpecError
 from bigray.inference import Predictions
 from bigray.serve.wire.binary import DTYPES, read_numbers, write_numbers, write_strings
@@ -169,6 +169,8 @@ def _as_array(data: Any) -> NDArray[Any]:
             return np.frombuffer(array("d", data), np.float64)
         except (TypeError, OverflowError):
             pass  # not numbers all through, or nested
+    if isinstance(data, list) and holds_text(data):
+        raise SpecError("data: expected numbers, flat or nested")
     return np.asarray(data)
 
 

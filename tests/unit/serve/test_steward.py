@@ -532,10 +532,14 @@ def test_a_switch_in_one_thread_disturbs_no_request_in_another(registry, replica
 
 
 def test_an_older_history_is_taken_up(registry, a, b):
-    """A replica that starts during a canary takes part in it from its first step."""
+    """A replica that starts during a canary takes part in it once it hears that somebody watches it."""
     registry.write(initial(a, AT))
     proposed(registry, b, "canary", 0.5)
     replica = Replica(registry, a)
+    replica.step()
+    assert set(sides(replica)) == {a.version}, "what it finds may have been left by a deployer that is gone"
+
+    update(registry, beat)
     replica.step()
 
     assert set(sides(replica)) == {a.version, b.version}
