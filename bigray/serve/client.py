@@ -29,6 +29,8 @@ BYTES_PER_REQUEST = 4_000_000
 RETRY_AFTER_S = 0.2
 """What is waited before the one retry, time enough for another replica to be chosen."""
 MOST_RETRY_AFTER_S = 5.0
+MOST_ABSENT_S = 15.0
+"""How long an endpoint that has answered before may take no connections, as when its proxy is replaced."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Client:
             client.predict([{"x": 1.0}])
 
     Predictions change nothing, so what fails by the connection or by a 5xx is asked once more, of whichever replica
-    answers then. Where the endpoint says when to come back (`Retry-After`), that is waited for, up to 5 s.
+    answers then. Where the endpoint says when to come back (`Retry-After`), that is waited for, up to 5 s; where it
+    takes no connections and has before, up to 15 s.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Client:
         self._connection = _connection(url, self._parts, timeout_s, verify)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._retries = retries
+        self._has_answered = False
 
     def __enter__(self) -> Self:
         return self
@@ -150,14 +154,27 @@ class Client:
                 if is_last:
                     # what is no HTTP is repeated by the error, as it came
                     raise DeployError(f"{self.url}: no answer: {' '.join(str(error).split())[:200]}") from error
-                time.sleep(RETRY_AFTER_S)
+                self._wait_for_listener()
                 continue
+            self._has_answered = True
             if status == 200:
                 return answer
-            if status < 500 or is_last:
+            if is_last or (status < 500 and not _is_of_a_proxy(status, answer)):
                 raise DeployError(f"{self.url}{path}: answered {status}: {self._error_text(answer.body, path, status)}")
             time.sleep(_wait_s(answer.headers))
         raise AssertionError("the last attempt returns or raises")
+
+    def _wait_for_listener(self) -> None:
+        """Before the retry: until the endpoint takes connections again, where it has answered before."""
+        time.sleep(RETRY_AFTER_S)
+        deadline = time.monotonic() + (MOST_ABSENT_S if self._has_answered else 0)
+        while time.monotonic() < deadline:
+            try:
+                self._connection.connect()
+            except OSError:
+                time.sleep(RETRY_AFTER_S)
+            else:
+                return
 
     def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> tuple[int, Response]:
         self._connection.request(method, self._parts.path + path, body, {**self._headers, **headers})
@@ -269,6 +286,11 @@ def _read_csv(file: Path) -> list[dict[str, Any]]:
 def _read_arrow(file: Path) -> list[dict[str, Any]]:
     with pa.ipc.open_file(file) as reader:
         return table_to_records(reader.read_all())
+
+
+def _is_of_a_proxy(status: int, answer: Response) -> bool:
+    """Whether a proxy that has just started says that there is nothing: an endpoint's own answers are JSON."""
+    return status == 404 and "json" not in answer.headers.get("content-type", "")
 
 
 def _wait_s(headers: Mapping[str, str]) -> float:

@@ -24,6 +24,8 @@ from bigray.errors import DeployError
 _FIXED = {name: value for name, value in RAY_SETTINGS.items() if name.startswith("RAY_SERVE_")} | {
     # a replica that leaves waits this long for proxies to hear of it (Serve: 30 s); HAProxy hears within one second
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    # a proxy that does not answer three of these is replaced (Serve: every 10 s)
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # a client that sends nothing for so long is let go (Serve: an hour)
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
     # one log line a request from HAProxy to a Python process; without it the replicas keep the same counters
