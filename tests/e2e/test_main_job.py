@@ -66,16 +66,17 @@ def check_deploying_the_run_again(bigray: Run, folder: str, tmp_path: Path, serv
 
 
 def check_another_version(bigray: Run, url: str, folder: str, tmp_path: Path, serve_file: str) -> None:
-    """A worse version is refused, forced in, seen, traced and taken back, from other terminals."""
+    """A version with other answers is refused, forced in, seen, traced and taken back, from other terminals."""
     live = ModelBundle.load(f"{folder}/bundle").version
     columns = (Column(name="image", shape=(8, 8)),)
-    worse = write_sample_bundle(str(tmp_path / "worse"), name="digits", columns=columns, onnx=False)
-    deploy = ("deploy", worse, "--address", "auto", "--config", serve_file)
+    letters = tuple("abcdefghij")
+    other = write_sample_bundle(str(tmp_path), name="other", columns=columns, class_names=letters, onnx=False)
+    deploy = ("deploy", other, "--address", "auto", "--config", serve_file)
     refused = bigray(*deploy)
     assert refused.returncode == 6, refused.stderr
     assert "refused by the gate" in refused.stderr
     forced = only_json(bigray(*deploy, "--force", "--json").stdout)["deployment"]
-    assert forced["version"] == ModelBundle.load(worse).version
+    assert forced["version"] == ModelBundle.load(other).version
     assert only_json(bigray("top", url, "--json").stdout)["versions"]["live"] == forced["version"]
     assert only_json(bigray("trace", live, "--storage", str(tmp_path / "runs"), "--json").stdout)["model"] in (
         "mlp",

@@ -75,7 +75,7 @@ def make_spec(tmp_path: Path, name: str, **deployment: object) -> ServeSpec:
         "name": name,
         "route_prefix": f"/{name}",
         "import_path": "bigray.serve.app:build",
-        "args": {"bundle": "replaced"},
+        "args": {"bundle": "replaced", "open": True},  # the shared Serve listens for gRPC, on all interfaces
         "deployments": [options],
     }
     file = tmp_path / "serve.yaml"
@@ -312,6 +312,7 @@ def test_rays_own_tool_serves_the_written_file(cluster, endpoint, bundle, tmp_pa
     port = urlsplit(endpoint.url).port
     document = runner.resolved_config(bundle, load_serve("serve/local.yaml").with_port(port))
     document["applications"][0]["name"] = "native"
+    document["applications"][0]["args"]["open"] = True
     file = tmp_path / "written.yaml"
     file.write_text(yaml.safe_dump(document))
     tool = [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking", "--address", cluster.address, str(file)]

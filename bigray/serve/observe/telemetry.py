@@ -138,7 +138,8 @@ class Telemetry:
     ) -> None:
         """Which versions of a model this replica holds; `kind` and `share` tell of the candidate's rollout."""
         names = {"live": live, "previous": previous, "candidate": candidate}
-        self._versions[model] = {**names, "kind": kind, "share": share}
+        # of one model: a version that was forced in may have another name than the one before
+        self._versions = {model: {**names, "kind": kind, "share": share}}
 
     def tick(self, now: float, cpu_seconds: float, num_cpus: float) -> None:
         """Note how far things are, about five times a second (event loop).

@@ -326,6 +326,8 @@ def _about_the_live_version() -> Iterator[None]:
 
 def schema_difference(new: BundleManifest, live: BundleManifest) -> str | None:
     """What callers of the live version would trip over, in one line; None where nothing is."""
+    if new.name != live.name:
+        return f"the model is called '{new.name}' in URLs, the live version '{live.name}'"
     columns, live_columns = ({c.name: c.shape for c in each.inputs.columns} for each in (new, live))
     for name in (*columns, *live_columns):
         if columns.get(name) != live_columns.get(name):
