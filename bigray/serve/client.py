@@ -29,6 +29,8 @@ BYTES_PER_REQUEST = 4_000_000
 RETRY_AFTER_S = 0.2
 """What is waited before the one retry, time enough for another replica to be chosen."""
 MOST_RETRY_AFTER_S = 5.0
+PROXY_STARTS_S = 2.0
+"""Time for a proxy that has just started to hear of the replicas."""
 MOST_ABSENT_S = 15.0
 """How long an endpoint that has answered before may take no connections, as when its proxy is replaced."""
 
@@ -161,7 +163,7 @@ class Client:
                 return answer
             if is_last or (status < 500 and not _is_of_a_proxy(status, answer)):
                 raise DeployError(f"{self.url}{path}: answered {status}: {self._error_text(answer.body, path, status)}")
-            time.sleep(_wait_s(answer.headers))
+            time.sleep(PROXY_STARTS_S if status == 404 else _wait_s(answer.headers))
         raise AssertionError("the last attempt returns or raises")
 
     def _wait_for_listener(self) -> None:
@@ -290,7 +292,7 @@ def _read_arrow(file: Path) -> list[dict[str, Any]]:
 
 def _is_of_a_proxy(status: int, answer: Response) -> bool:
     """Whether a proxy that has just started says that there is nothing: an endpoint's own answers are JSON."""
-    return status == 404 and "json" not in answer.headers.get("content-type", "")
+    return status == 404 and answer.headers.get("content-type", "").startswith("text/plain")
 
 
 def _wait_s(headers: Mapping[str, str]) -> float:

@@ -22,6 +22,7 @@ from bigray.serve import client as client_module
 from bigray.serve.client import (
     BYTES_PER_REQUEST,
     MOST_RETRY_AFTER_S,
+    PROXY_STARTS_S,
     RETRY_AFTER_S,
     ROWS_PER_REQUEST,
     fetch_json,
@@ -290,6 +291,14 @@ def test_a_fault_of_the_caller_is_told_at_once(server, waits, status):
     with Client(url) as client, pytest.raises(DeployError, match=f"{url}/predict: answered {status}: told so"):
         client.predict([{"x": 1}])
     assert (len(state.requests), waits) == (1, [])
+
+
+def test_a_proxy_that_has_just_started_is_asked_once_more(server, waits):
+    url, state = server
+    state.script = [(404, {"content-type": "text/plain"})]
+    with Client(url) as client:
+        assert client.predict([{"x": 1}]) == [{"x": 1}]
+    assert waits == [PROXY_STARTS_S]
 
 
 @pytest.mark.parametrize(("retries", "asked"), [(0, 1), (3, 4)])
