@@ -36,7 +36,7 @@ WARM_UP_S = 2.0
 """What measuring a model may take before no larger batch is tried."""
 
 SMOOTHING = 0.1
-"""Share of a new batch in the running measure of seconds a row."""
+"""Share of a new full batch in the running measure of seconds a row."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,10 @@ class Batcher:
         answers = answer_batch(self._run, [waiting.rows for waiting in batch])
         seconds = time.monotonic() - start
         num_rows = sum(len(waiting.rows) for waiting in batch)
-        self._seconds_per_row += SMOOTHING * (seconds / num_rows - self._seconds_per_row)
+        # a small batch says little about a row's share of a full one, in which a backlog is worked off: by its own
+        # measure, one row that met a busy processor would have the next hundred refused
+        weight = SMOOTHING * min(1.0, num_rows / self._max_rows)
+        self._seconds_per_row += weight * (seconds / num_rows - self._seconds_per_row)
         if self._on_batch is not None:
             self._on_batch(num_rows, seconds, start - batch[0].since)
         return answers

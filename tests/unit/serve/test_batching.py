@@ -323,7 +323,7 @@ def test_the_measure_of_a_row_follows_what_batches_take(clock: Clock):
         return Predictions(labels=None, probabilities=None, values=batch.reshape(-1))
 
     async def story():
-        batcher = make_batcher(run, is_slow=False, seconds_per_row=0.001)
+        batcher = make_batcher(run, is_slow=False, seconds_per_row=0.001, max_rows=2)
         seen = [batcher.seconds_per_row]
         for _ in range(40):
             await batcher.submit(rows(1, 2))
@@ -366,3 +366,19 @@ def test_a_quick_model_is_not_called_slow(predictor: Predictor):
     capacity = measure_capacity(predictor.run, np.zeros((1, 2, 3), np.float32), 1)
     assert capacity.max_rows == 1
     assert 0 < capacity.seconds_per_row < 1
+
+
+def test_one_row_that_took_long_does_not_have_the_next_hundred_refused(clock: Clock):
+    """Found under load: a single row that met a busy processor made the backlog look like seconds."""
+    slow_ones = [0.5]
+
+    def run(batch):
+        clock.now += slow_ones.pop() if slow_ones else 0.0
+        return Predictions(labels=None, probabilities=None, values=batch.reshape(-1))
+
+    async def story():
+        batcher = make_batcher(run, is_slow=False, seconds_per_row=0.0001, max_rows=64)
+        await batcher.submit(rows(1))
+        return await submit_all(batcher, *(rows(number) for number in range(100)))
+
+    assert all(isinstance(answer, Predictions) for answer in asyncio.run(story()))
