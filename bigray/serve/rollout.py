@@ -9,13 +9,13 @@ The replicas do the work (`steward.py`); here the channel's state is moved from 
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from bigray.errors import DeployError
+from bigray.serve.clock import utc_now
 from bigray.serve.release.judge import JudgeLimits, Verdict, judge
 from bigray.serve.release.record import (
     ChannelState,
@@ -83,12 +83,12 @@ class Channel:
     def begin(self, release: Release, why: str) -> None:
         """The first version of an application; what an earlier one of this name left is forgotten."""
         self._registry.clear()
-        self._write_first(initial(release, _utc_now(), why))
+        self._write_first(initial(release, utc_now(), why))
 
     def succeed(self, before: ChannelState, release: Release, why: str, *, is_forced: bool) -> None:
         """Go on with the history of a channel whose replicas are replaced by others, each with one version."""
         rollout = Rollout(kind="load", release=release)
-        after = promote(propose(before, rollout), _utc_now(), why, is_forced=is_forced)
+        after = promote(propose(before, rollout), utc_now(), why, is_forced=is_forced)
         fields = {"revision": self._registry.revision() + 1, "previous": None, "replaced": before.live}
         self._write_first(after.model_copy(update=fields))
 
@@ -127,7 +127,7 @@ class Channel:
 
     def go_back(self, why: str, timeout_s: float, watch: Watch) -> ChannelState:
         """End a rollout that is under way, else make the previous version live again, everywhere."""
-        state = update(self._registry, lambda state: withdraw(state, _utc_now(), why))
+        state = update(self._registry, lambda state: withdraw(state, utc_now(), why))
         self._wait_until_live(state.live, timeout_s, watch)
         return state
 
@@ -139,8 +139,8 @@ class Channel:
         def end(state: ChannelState) -> ChannelState:
             _check_ours(state, release)
             if verdict.action == "promote":
-                return promote(state, _utc_now(), verdict.why, is_forced=is_forced)
-            return finish(state, _utc_now(), verdict.why)
+                return promote(state, utc_now(), verdict.why, is_forced=is_forced)
+            return finish(state, utc_now(), verdict.why)
 
         update(self._registry, end)
 
@@ -148,7 +148,7 @@ class Channel:
         """End the rollout; where it is over already, nothing is changed."""
 
         def end(state: ChannelState) -> ChannelState:
-            return abort(state, _utc_now(), why) if _is_ours(state, release) else state
+            return abort(state, utc_now(), why) if _is_ours(state, release) else state
 
         ended = update(self._registry, end)
         deadline = time.monotonic() + TAKE_BACK_S
@@ -230,7 +230,3 @@ def _check_ours(state: ChannelState, release: Release) -> None:
 def _check(deadline: float, text: str) -> None:
     if time.monotonic() > deadline:
         raise DeployError(f"{text}, not in time; see the replicas' logs under /tmp/ray/session_latest/logs/serve")
-
-
-def _utc_now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

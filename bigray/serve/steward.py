@@ -6,7 +6,6 @@ candidate is loaded, warmed up and checked here, while the event loop goes on an
 
 from __future__ import annotations
 
-import datetime
 import logging
 import threading
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bigray.errors import BigrayError, last_line
+from bigray.serve.clock import utc_now
 from bigray.serve.compare import SideBySide
 from bigray.serve.loaded import LoadedModel
 from bigray.serve.observe.telemetry import Telemetry
@@ -136,7 +136,7 @@ class Steward:
             return  # cleared under us: the application is being deleted
         if state is None:
             live = self._store.view.live
-            self._registry.write(initial(Release(version=live.version, bundle=live.bundle), _utc_now()))
+            self._registry.write(initial(Release(version=live.version, bundle=live.bundle), utc_now()))
             return
         self._hold(state)
         self._state = state
@@ -272,7 +272,3 @@ class _Heartbeat:
             # what a replica finds when it starts may be there for long: it waits for the next beat, a second
             self._last, self._heard_at = beat, now - STALE_S if is_first_look else now
         return now - self._heard_at < STALE_S
-
-
-def _utc_now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -79,10 +79,6 @@ class ModelStore:
         """Every version of every model in memory, and those let go that somebody still waits for."""
         return (*self._view.held.values(), *self._shelf.models(), *_still_asked(self._leaving))
 
-    def live(self, name: str | None = None) -> LoadedModel:
-        """The version that answers where nothing else is asked for; of another model, only if it is loaded."""
-        return self.find(name)
-
     def knows(self, name: str) -> bool:
         return name == self._view.live.name or name in self._others
 

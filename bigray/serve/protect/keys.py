@@ -24,13 +24,13 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from bigray.errors import DiskFull, SpecError, StorageError, did_you_mean
+from bigray.serve.clock import utc_now as _now
 from bigray.storage import TEMPORARY, Storage, open_storage
 
 if TYPE_CHECKING:
@@ -287,10 +287,6 @@ def secret_id(secret: str) -> str:
 
 def _new_secret() -> str:
     return f"bgr_{secrets.token_hex(4)}_{secrets.token_urlsafe(32)}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _check_request(name: str, scopes: Sequence[str], rate_per_s: float | None) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from bigray.serve.release.judge import describe
 from bigray.serve.release.lineage import Lineage
-from bigray.serve.release.record import ChannelState, Comparison, HistoryEntry, ReplicaReport
+from bigray.serve.release.record import ChannelState, HistoryEntry, ReplicaReport
 
 
 class Check(Protocol):
@@ -110,11 +109,6 @@ def lineage_table(lineage: Lineage) -> Table:
         if value:
             table.add_row(name, Text(value))
     return table
-
-
-def canary_line(kind: Literal["canary", "shadow"], comparison: Comparison, elapsed_s: float) -> str:
-    """How the candidate does so far, for a line that is written over while one waits."""
-    return f"{kind} {elapsed_s:.0f} s: {describe(comparison)}"
 
 
 def gate_table(checks: Sequence[Check]) -> Table:

@@ -12,10 +12,12 @@ from bigray.bundle import ModelBundle
 from bigray.inference import BUILT_IN_FACTORIES, Predictor
 from bigray.serve.scaling.simulation import ServiceModel
 
-HTTP_SECONDS_PER_REQUEST = 0.00025
-"""Read, check and answer one small request in the replica's HTTP server, as measured by the benchmarks of serving."""
-REPLICA_START_S = 3.0
-"""For Serve to start a replica's process and import what it needs, before it loads the bundle."""
+HTTP_SECONDS_PER_REQUEST = 0.0004
+"""Read, check and answer one request in the replica's HTTP server: a replica that answers 2,155 JSON requests a second
+of 784 numbers is full (benchmarks/serve_throughput.py, two cores), which is 0.46 ms each, some of it the model's."""
+REPLICA_START_S = 4.5
+"""For Serve to start a replica's process and import what it needs: as a request at zero replicas took to its answer, on
+two cores that did little else. On cores that are full it takes about twice as long."""
 LARGE_BATCH = 64
 SECONDS_A_SIZE = 0.5
 """Spent on each batch size, or at least `FEWEST_RUNS` runs."""

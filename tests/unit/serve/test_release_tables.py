@@ -10,11 +10,9 @@ from rich.console import Console, RenderableType
 from bigray.serve.release.lineage import Lineage
 from bigray.serve.release.record import (
     ChannelState,
-    Comparison,
     Release,
     ReplicaReport,
     Rollout,
-    VersionStats,
     abort,
     initial,
     promote,
@@ -22,7 +20,6 @@ from bigray.serve.release.record import (
     roll_back,
 )
 from bigray.serve.release.tables import (
-    canary_line,
     gate_table,
     history_document,
     lineage_table,
@@ -138,12 +135,6 @@ def test_a_lineage_is_shown_one_thing_a_line_without_what_is_not_known() -> None
     assert found["base run"] == "digits-0"
     assert found["git"] == "not in a repository"
     assert "predicts" not in found
-
-
-def test_the_line_of_a_canary_has_both_versions() -> None:
-    comparison = Comparison(live=VersionStats(requests=90), candidate=VersionStats(requests=10, errors=1))
-
-    assert canary_line("canary", comparison, 12.4) == "canary 12 s: 10 requests, errors 10.00% (live 0.00%)"
 
 
 @dataclass(frozen=True)

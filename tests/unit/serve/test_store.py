@@ -62,7 +62,7 @@ def make_store(make_model, loads: Loads, *names: str, memory_bytes: int | None =
 
 def test_the_live_version_answers_where_nothing_else_is_asked_for(make_model):
     store = ModelStore(make_model(A))
-    assert store.find() is store.find("animals") is store.find(None, A) is store.live() is store.view.live
+    assert store.find() is store.find("animals") is store.find(None, A) is store.view.live
 
 
 def test_every_version_in_memory_can_be_asked_by_name(make_model):
