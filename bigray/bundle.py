@@ -16,18 +16,19 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bigray.data.features import FeatureSchema, column_to_numpy
 from bigray.data.preprocessing import Preprocessing
 from bigray.errors import StorageError
+from bigray.specs import BuiltInTask
 from bigray.storage import MANIFEST, Storage, commit_folder, open_storage, read_files, read_manifest
 
 SCHEMA_VERSION = 2
@@ -60,6 +61,7 @@ _PICKLE, _ZIP = b"\x80", b"PK\x03\x04"
 _EXTENSION_KEY = b"ARROW:extension:name"
 
 FloatArray = NDArray[np.float32]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Document(BaseModel):
@@ -90,13 +92,40 @@ class Origin(_Document):
 class OutputSchema(_Document):
     """What the model returns."""
 
-    task: Literal["classification", "regression"]
+    task: BuiltInTask
     num_outputs: int
-    """Width of the model's output: the number of classes, or 1."""
+    """Width of the model's output: the number of classes, of labels or of tokens; 1 for regression and binary."""
     target: str
     """The target column's name in the data."""
     class_names: tuple[str | int, ...] = ()
-    """Label of each output, in order; empty for regression."""
+    """Label of each output, in order; of a binary task the negative and the positive class. Empty for regression, and
+    for tokens that are their numbers."""
+    threshold: Probability | None = None
+    """binary: the positive class from this probability on; None: 0.5."""
+    thresholds: tuple[Probability, ...] = ()
+    """multilabel: a row has a label from this probability on; empty: 0.5 for each."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OutputSchema:
+        if self.task == "binary" and (self.num_outputs != 1 or len(self.class_names) != 2):
+            raise ValueError("a binary task has one output and two class names")
+        if self.task == "multilabel" and len(self.class_names) != self.num_outputs:
+            raise ValueError("a multilabel task has a name for each output")
+        if self.thresholds and (self.task != "multilabel" or len(self.thresholds) != self.num_outputs):
+            raise ValueError("thresholds are of a multilabel task, one for each label")
+        return self
+
+    @property
+    def num_probabilities(self) -> int:
+        """Of an answer: one for each class, label or token; 0 for regression, which answers with a value."""
+        return {"regression": 0, "binary": 2}.get(self.task, self.num_outputs)
+
+    @property
+    def decision(self) -> tuple[float, ...]:
+        """From which probability on the positive class, or each label, is the answer; empty for other tasks."""
+        if self.task == "binary":
+            return (0.5 if self.threshold is None else self.threshold,)
+        return (self.thresholds or (0.5,) * self.num_outputs) if self.task == "multilabel" else ()
 
 
 class FactorySpec(_Document):
@@ -104,6 +133,20 @@ class FactorySpec(_Document):
 
     factory: str
     params: dict[str, Any]
+
+
+class ClassScores(_Document):
+    """How well one class, or one label, is found among the validation rows."""
+
+    name: str | int
+    rows: int
+    """That have it."""
+    precision: float
+    recall: float
+    f1: float
+    roc_auc: float | None = None
+    """None where no validation row has the class, or every one; as of `pr_auc`."""
+    pr_auc: float | None = None
 
 
 class ModelCard(_Document):
@@ -115,6 +158,25 @@ class ModelCard(_Document):
     confusion: tuple[tuple[int, ...], ...] = ()
     """Validation rows of each true class (row) by the class they were given (column), both in the order of
     `outputs.class_names`; empty for regression and for very many classes."""
+    scores: dict[str, float] = {}
+    """Over the validation rows, with the thresholds of `outputs`: accuracy, roc_auc, calibration_error ..."""
+    per_class: tuple[ClassScores, ...] = ()
+    """In the order of `outputs.class_names`; empty for regression and for very many classes."""
+
+
+class Derivation(_Document):
+    """How a bundle was made smaller from another one, whose `origin` it keeps."""
+
+    version: str
+    """Of the bundle it was made from."""
+    method: Literal["int8", "prune", "low_rank"]
+    amount: float | None = None
+    """Share of the weights that became zero (prune), or of the parameters that are left (low_rank)."""
+    metric: str
+    """What both were measured by, on the same rows."""
+    before: float
+    after: float
+    rows: int
 
 
 class BundleManifest(_Document):
@@ -135,6 +197,13 @@ class BundleManifest(_Document):
     ranges: dict[str, tuple[float, float]] = {}
     """The same of each scalar column; empty for a tensor column."""
     card: ModelCard | None = None
+    derived_from: Derivation | None = None
+    """None for a bundle as it was trained."""
+
+    @property
+    def model_input_shape(self) -> tuple[int, ...]:
+        """Shape of one row as the model sees it, behind the preprocessing."""
+        return self.preprocessing.output_shape(self.inputs.input_shape)
 
 
 @dataclass(frozen=True, eq=False)

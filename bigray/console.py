@@ -18,6 +18,7 @@ from rich.text import Text
 
 from bigray.errors import BigrayError
 from bigray.results import (
+    CrossValidation,
     Finalist,
     HoldoutCheck,
     Kill,
@@ -31,6 +32,9 @@ from bigray.specs import TrialSpec
 
 if TYPE_CHECKING:
     from bigray.cluster.plan import Plan
+    from bigray.compression.report import Compression
+    from bigray.explaining import Explained
+    from bigray.prediction.predicting import PredictionResult
     from bigray.report import RunReport, Totals
     from bigray.serve.runner import Deployment, EndpointStatus
     from bigray.serve.scaling.simulation import SimulationResult
@@ -173,6 +177,8 @@ def print_leaderboard(board: Leaderboard) -> None:
     _print_errors(board.trials)
     if board.finalists:
         print_finalists(board.finalists, board.metric, why(board.finalists, board.trials, board.metric, board.mode))
+    if board.cross_validation:
+        print_cross_validation(board.cross_validation, board.metric)
     winner = board.winner
     out.print(
         f"winner: {winner.model_name}, trial {winner.trial_id}, step {winner.best_step:,} (epoch {winner.best_epoch}), "
@@ -216,14 +222,16 @@ def print_report(report: RunReport, top: int) -> None:
         out.print(f"on the way: {happened}", soft_wrap=True)
     if report.finalists:
         print_finalists(report.finalists, report.metric, report.why)
+    if report.cross_validation:
+        print_cross_validation(report.cross_validation, report.metric)
     if report.bundle:
         out.print(f"bundle: {report.bundle}", soft_wrap=True, markup=False)
 
 
 def print_finalists(finalists: Sequence[Finalist], metric: str, reason: str | None) -> None:
-    """The finalists with what their seeds came to, the winner first, and what decided."""
+    """The finalists with what their seeds (or folds) came to, the winner first, and what decided."""
     table = Table(title="finalists, trained again", title_justify="left", box=SIMPLE_HEAD)
-    columns = ("finalist", "seeds", f"mean {metric}", "95 % interval", "", "parameters", "ms a row")
+    columns = ("finalist", finalists[0].over, f"mean {metric}", "95 % interval", "", "parameters", "ms a row")
     for name in columns:
         table.add_column(name, justify="left" if name in ("finalist", "") else "right", no_wrap=True)
     is_tie = sum(finalist.is_tied for finalist in finalists) > 1
@@ -243,6 +251,32 @@ def print_finalists(finalists: Sequence[Finalist], metric: str, reason: str | No
     out.print(table)
     if reason:
         out.print(f"why: {reason}", soft_wrap=True, markup=False)
+
+
+def print_cross_validation(models: Sequence[CrossValidation], metric: str) -> None:
+    """Each model over its folds, the best mean first, and what becomes of the first."""
+    table = Table(title="cross-validation", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("model", "folds", f"mean {metric}", "std", "95 % interval", "parameters"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for number, model in enumerate(models):
+        has_interval, missing = len(model.values) > 1, model.num_folds - len(model.values)
+        table.add_row(
+            model.model_name,
+            f"{len(model.values)} of {model.num_folds}" if missing else str(model.num_folds),
+            f"{model.mean:.4f}" if model.values else "-",
+            f"{model.deviation:.4f}" if has_interval else "-",
+            f"{model.low:.4f} to {model.high:.4f}" if has_interval else "-",
+            f"{model.num_parameters:,}",
+            style="bold green" if number == 0 and model.values else None,
+        )
+    out.print(table)
+    best = models[0]
+    if best.values:
+        out.print(
+            f"{best.model_name} has the best mean; exported is its trial {best.final_trial} on the usual split",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def efficiency_line(totals: Totals) -> str:
@@ -527,3 +561,74 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
     """One JSON object a line."""
     for prediction in predictions:
         out.file.write(json.dumps(prediction) + "\n")
+
+
+def print_compression(made: Compression) -> None:
+    """A compressed bundle beside the one it was made from."""
+    amount = "" if made.amount is None else f" {made.amount:g}"
+    table = Table(title=f"{made.method}{amount} of {made.source}", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", made.source_version, made.version, ""):
+        table.add_column(name, justify="left" if not name and not table.columns else "right", no_wrap=True)
+    totals = (sum(sizes[0] for sizes in made.sizes.values()), sum(sizes[1] for sizes in made.sizes.values()))
+    served = "model.onnx" if made.sizes.get("model.onnx", (0, 0))[1] else "weights"
+    sizes = {**made.sizes, "all files": totals, f"{served}, packed": made.packed}
+    for name, (before, after) in sizes.items():
+        table.add_row(name, _exact_bytes(before), _exact_bytes(after), _times(before, after))
+    for batch, (before_ms, after_ms) in made.latency_ms.items():
+        row = f"ms a row, {batch} at once"
+        table.add_row(row, f"{before_ms:.3g}", f"{after_ms:.3g}", _times(before_ms, after_ms))
+    score = made.score
+    change = f"{score.after - score.before:+.4f}"
+    table.add_row(f"{score.metric}, {score.rows:,} rows", f"{score.before:.4f}", f"{score.after:.4f}", change)
+    out.print(table)
+    for note in made.notes:
+        out.print(f"note: {note}", soft_wrap=True, markup=False)
+    out.print(f"bundle: {made.location}", soft_wrap=True, markup=False)
+
+
+MOST_EXPLAINED = 20
+"""Rows of a file whose explanations are shown; --json has all."""
+MOST_COLUMNS = 20
+
+
+def print_explanations(found: Explained) -> None:
+    """What speaks for each answer and what against it, the strongest columns first."""
+    for number, record in list(zip(found.rows, found.explanation.to_records(), strict=True))[:MOST_EXPLAINED]:
+        answer = "the answer" if "label" not in record else repr(record["label"])
+        line = f"row {number}: {answer}, output {record['output']:.4g} from {record['base']:.4g}"
+        out.print(f"{line} (the attributions lack {record['error']:.1e})", soft_wrap=True, markup=False)
+        attributions = record["attributions"]
+        if isinstance(attributions, dict):
+            out.print(_attribution_table(attributions))
+        else:
+            out.print("attributions of pixels: --out PNG draws them, --json lists them")
+    if len(found.rows) > MOST_EXPLAINED:
+        out.print(f"and {len(found.rows) - MOST_EXPLAINED:,} rows more; --json has all")
+
+
+def print_prediction_result(result: PredictionResult) -> None:
+    """Where the predictions are."""
+    before = f", {result.parts_done_before:,} of them done before" if result.parts_done_before else ""
+    out.print(f"{result.rows:,} rows in {result.parts:,} parts{before}", soft_wrap=True)
+    version, run = result.lineage["bundle_version"], result.lineage["run"]
+    out.print(f"by version {version} of run {run}: {result.location}", soft_wrap=True, markup=False)
+
+
+def _attribution_table(attributions: Mapping[str, float]) -> Table:
+    shown = sorted(attributions.items(), key=lambda item: -abs(item[1]))[:MOST_COLUMNS]
+    largest = max((abs(value) for _, value in shown), default=0.0) or 1.0
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for name, value in shown:
+        bar = Text("█" * max(1, round(10 * abs(value) / largest)), style="red" if value > 0 else "blue")
+        table.add_row(Text(name), Text(f"{value:+.4g}"), bar)
+    if len(attributions) > MOST_COLUMNS:
+        table.add_row(f"and {len(attributions) - MOST_COLUMNS:,} columns more", "", "")
+    return table
+
+
+def _exact_bytes(count: int) -> str:
+    return f"{count:,} B" if count else "-"
+
+
+def _times(before: float, after: float) -> str:
+    return f"x {after / before:.3g}" if before else ""

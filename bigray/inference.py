@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bigray.bundle import ModelBundle
+from bigray.bundle import ModelBundle, OutputSchema
+from bigray.data.text import lengths
 from bigray.errors import DeployError
 
 FloatArray = NDArray[np.float32]
@@ -26,12 +27,13 @@ BUILT_IN_FACTORIES = ("bigray.models:*",)
 class Predictions:
     """Answers for a batch of rows."""
 
-    labels: list[str | int] | None
-    """Winning class of each row; None for regression."""
+    labels: list[Any] | None
+    """Class of each row (str or int), of a language task the next token, of a multilabel task the list of the row's
+    labels; None for regression."""
     probabilities: FloatArray | None
-    """(rows, classes), each row sums to 1; None for regression."""
+    """(rows, classes), each row sums to 1; (rows, labels) of a multilabel task, each by itself; None for regression."""
     values: FloatArray | None
-    """(rows,) predicted target; None for classification."""
+    """(rows,) predicted target; None for other tasks."""
 
     def to_records(self) -> list[dict[str, Any]]:
         """One JSON object a row: `{"label", "probabilities"}` or `{"value"}`."""
@@ -59,21 +61,15 @@ class Predictor:
         )
 
     def outputs(self, features: FloatArray) -> FloatArray:
-        """Feature rows (rows, *input_shape), before standardisation -> what the model itself returns.
+        """Codes of rows (rows, *input_shape), before preprocessing -> what the model itself returns.
 
-        That is (rows, num_outputs): logits, or values.
+        That is (rows, num_outputs): logits, or values; of a language task the logits behind the last token.
         """
-        return self._forward(self._preprocess(features)).reshape(len(features), -1)
+        return row_outputs(self._forward(self._preprocess(features)), features, self.manifest.outputs)
 
     def run(self, features: FloatArray) -> Predictions:
-        """Raw feature rows (rows, *input_shape), before standardisation -> predictions."""
-        outputs = self.outputs(features)
-        schema = self.manifest.outputs
-        if schema.task == "regression":
-            return Predictions(labels=None, probabilities=None, values=outputs.reshape(-1))
-        probabilities = softmax(outputs)
-        winners = probabilities.argmax(axis=1).tolist()
-        return Predictions([schema.class_names[i] for i in winners], probabilities, None)
+        """Codes of rows (rows, *input_shape), before preprocessing -> predictions."""
+        return interpret(self.outputs(features), self.manifest.outputs)
 
     def run_table(self, table: pa.Table) -> Predictions:
         """Rows of an Arrow table that has the bundle's input columns -> predictions."""
@@ -88,6 +84,46 @@ def check_factory(bundle: ModelBundle, allow_factories: Sequence[str]) -> None:
             f"bundle of run '{bundle.manifest.origin.run}': has no model.onnx and its factory '{factory}' is not "
             f"allowed; add it to 'allow_factories' in the serve file if you trust that code"
         )
+
+
+def row_outputs(outputs: FloatArray, features: FloatArray, schema: OutputSchema) -> FloatArray:
+    """What a module returns for some rows -> the (rows, num_outputs) that answer them.
+
+    `features` are those rows before preprocessing: of a language task a window may end in padding.
+    """
+    if schema.task == "language":
+        outputs = outputs[np.arange(len(outputs)), lengths(features) - 1]
+    return outputs.reshape(len(outputs), -1)
+
+
+def interpret(outputs: FloatArray, schema: OutputSchema) -> Predictions:
+    """Outputs (rows, num_outputs) -> predictions: the one place where logits become answers."""
+    if schema.task == "regression":
+        return Predictions(labels=None, probabilities=None, values=outputs.reshape(-1))
+    if schema.task == "binary":
+        probabilities = np.concatenate([sigmoid(-outputs), sigmoid(outputs)], axis=1)
+    else:
+        probabilities = sigmoid(outputs) if schema.task == "multilabel" else softmax(outputs)
+    return Predictions(decide(probabilities, schema), probabilities, None)
+
+
+def decide(probabilities: FloatArray, schema: OutputSchema) -> list[Any]:
+    """The labels of rows by their probabilities (rows, classes) and the thresholds of the schema."""
+    names = schema.class_names
+    if schema.task == "binary":
+        is_positive = probabilities[:, 1] >= np.float32(schema.decision[0])
+        return [names[i] for i in is_positive.astype(np.int64).tolist()]
+    if schema.task == "multilabel":
+        has_label = probabilities >= np.asarray(schema.decision, np.float32)
+        return [[name for name, has in zip(names, row, strict=True) if has] for row in has_label.tolist()]
+    winners: list[int] = probabilities.argmax(axis=1).tolist()
+    return [names[i] for i in winners] if names else winners
+
+
+def sigmoid(logits: FloatArray) -> FloatArray:
+    """1 / (1 + exp(-x)) of each; the exponential is of a number below 0, so that it cannot overflow."""
+    exponentials = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1, exponentials) / (1 + exponentials)  # type: ignore[no-any-return]
 
 
 def softmax(logits: FloatArray) -> FloatArray:
@@ -119,7 +155,7 @@ def _torch_forward(
 
     torch.set_num_threads(num_threads)
     module = build_model(
-        spec.factory, spec.params, bundle.manifest.inputs.input_shape, bundle.manifest.outputs.num_outputs
+        spec.factory, spec.params, bundle.manifest.model_input_shape, bundle.manifest.outputs.num_outputs
     )
     module.load_state_dict(safetensors.torch.load(bundle.weights))
     module.eval()

@@ -275,7 +275,14 @@ def _sweep_headline(event: Event) -> str | None:
             return f"budget of {values['text']} is used up: ending where each trial has reported"
         case "finalists":
             seeds = f" with {values['seeds']} seeds each" if "seeds" in values else ""
-            return f"training the best {len(values['trials'])} again{seeds}: {', '.join(values['trials'])}"
+            folds = f" on each of {values['folds']} folds" if "folds" in values else ""
+            return f"training the best {len(values['trials'])} again{seeds}{folds}: {', '.join(values['trials'])}"
+        case "cross_validated":
+            half = (values["high"] - values["low"]) / 2
+            return (
+                f"{values['model_name']} has the best mean over {len(values['values'])} folds, {values['mean']:.4f} ± "
+                f"{half:.4f}; training it on the usual split"
+            )
         case _:
             return None
 

@@ -24,7 +24,7 @@ from bigray.storage import open_storage
 SpecType = TypeVar("SpecType", bound=BaseModel)
 
 SEARCHABLE = frozenset(TrainingSpec.model_fields) - frozenset(
-    {"task", "targets", "loop", "metric", "metric_mode", "checkpoint_every_s"}
+    {"task", "targets", "positive", "threshold", "loop", "metric", "metric_mode", "checkpoint_every_s"}
 )
 """Settings that trials of one run may differ in."""
 

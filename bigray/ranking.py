@@ -149,6 +149,7 @@ def _result(trial: TrialSpec, found: _Found, names: Sequence[str]) -> TrialResul
         micro_batch_size=found.micro_batch_size,
         waiting_s=found.waiting_s,
         ledger=found.ledger,
+        fold=trial.fold,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bigray.cross_validation import cross_validate
 from bigray.errors import StorageError
 from bigray.journal import read_journal
 from bigray.paths import RUN_FILE, RunPaths
@@ -22,7 +23,7 @@ from bigray.ranking import (
     training_wall_s,
     trial_results,
 )
-from bigray.results import Finalist, Leaderboard, Ledger, TrialResult
+from bigray.results import CrossValidation, Finalist, Leaderboard, Ledger, TrialResult
 from bigray.specs import TrialSpec
 from bigray.storage import MANIFEST, Storage, open_storage
 from bigray.tuning.evidence import judge_run, why_it_won
@@ -84,6 +85,8 @@ class RunReport:
     events: dict[str, int]
     """How often what happened: retried, recycled, lost, promoted, exploited."""
     finalists: tuple[Finalist, ...]
+    cross_validation: tuple[CrossValidation, ...] = ()
+    """Of a training with `data.k_folds`: each model, the best mean first."""
 
     @property
     def why(self) -> str | None:
@@ -117,6 +120,7 @@ class RunReport:
             "events": self.events,
             "finalists": [asdict(finalist) for finalist in self.finalists],
             "why": self.why,
+            "cross_validation": [asdict(model) for model in self.cross_validation],
             "trials": trials,
         }
 
@@ -168,7 +172,17 @@ def make_report(paths: RunPaths, document: Mapping[str, Any], events: Sequence[M
         probes=tuple(_without_frame(event) for event in events if event["kind"] == "probe"),
         events={kind: sum(event["kind"] == kind for event in events) for kind in _COUNTED},
         finalists=judge_run(results, events, metric, mode),
+        cross_validation=_cross_validated(document, results, metric, mode),
     )
+
+
+def _cross_validated(
+    document: Mapping[str, Any], results: Sequence[TrialResult], metric: str, mode: Mode
+) -> tuple[CrossValidation, ...]:
+    num_folds = document["job"].get("data", {}).get("k_folds")
+    if num_folds is None or document.get("search") is not None:
+        return ()
+    return cross_validate(results, num_folds, metric, mode)
 
 
 def run_status(events: Sequence[Mapping[str, Any]], *, is_exported: bool) -> RunStatus:

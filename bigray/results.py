@@ -76,15 +76,17 @@ class TrialResult:
     """Between a decision to train the trial (further) and a group that was free for it."""
     ledger: Ledger = field(default_factory=Ledger)
     """Over all commands of the trial."""
+    fold: int | None = None
+    """The fold of `data.k_folds` that it was validated on, from 0; None: the usual split."""
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """One of the best trials, trained again with several seeds."""
+    """One of the best trials, trained again with several seeds, or on each fold of the data."""
 
     trial_id: str
     values: tuple[float, ...]
-    """The metric of each seed's best epoch."""
+    """The metric of each seed's, or fold's, best epoch."""
     mean: float
     low: float
     """Of the 95 % interval of the mean (Student's t)."""
@@ -95,7 +97,29 @@ class Finalist:
     is_tied: bool
     """Whether its interval overlaps that of the finalist with the best mean."""
     best_seed_trial: str
-    """The trial of its best seed: what is deployed where this finalist wins."""
+    """What is deployed where this finalist wins: the trial of its best seed; with folds, that on the usual split."""
+    over: Literal["seeds", "folds"] = "seeds"
+    """What `values` are of."""
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """One model, validated on each fold of the data by what the other folds trained."""
+
+    model_name: str
+    values: tuple[float, ...]
+    """The metric of each fold's best epoch, in the order of the folds; of those that came to one."""
+    num_folds: int
+    mean: float
+    deviation: float
+    """Standard deviation over the folds; NaN of less than two."""
+    low: float
+    """Of the 95 % interval of the mean (Student's t)."""
+    high: float
+    num_parameters: int
+    """Of its largest trial."""
+    final_trial: str
+    """Where this model wins: its trial on the usual split, which is the one that is exported."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +137,8 @@ class Leaderboard:
     wall_s: float
     finalists: tuple[Finalist, ...] = ()
     """Where the search asks for finalists: the winner first, then by mean."""
+    cross_validation: tuple[CrossValidation, ...] = ()
+    """Of a training with `data.k_folds`: each model, the best mean first."""
     slots: int = 1
     """Worker groups that trained at once."""
     training_wall_s: float = 0.0
@@ -120,7 +146,12 @@ class Leaderboard:
 
     @property
     def winner(self) -> TrialResult:
-        """The best trial, or the best seed of the finalist that won: the model to deploy, at its `best_step`."""
+        """The model to deploy, at its `best_step`: the best trial, or the trial of the finalist that won, or the last
+        trial of the model with the best mean over its folds."""
+        if self.cross_validation:
+            final = self.cross_validation[0].final_trial
+            # there is none where no fold came to a value
+            return next((trial for trial in self.trials if trial.trial_id == final), self.trials[0])
         if not self.finalists:
             return self.trials[0]
         return next(trial for trial in self.trials if trial.trial_id == self.finalists[0].best_seed_trial)
@@ -153,6 +184,7 @@ class Leaderboard:
             "samples_lost": self.samples_lost,
             "samples_repeated": self.samples_repeated,
             "winner": asdict(self.winner),
+            "cross_validation": [asdict(model) for model in self.cross_validation],
             "trials": [asdict(trial) for trial in self.trials],
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, cast
@@ -17,12 +18,29 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from bigray.errors import did_you_mean
 
-BuiltInTask = Literal["classification", "regression"]
+BuiltInTask = Literal["classification", "regression", "binary", "multilabel", "language"]
 IMPORT_PATH = r"^[\w.]+:\w+$"
 
 METRICS: dict[str, dict[str, Literal["max", "min"]]] = {
-    "classification": {"val_accuracy": "max", "val_macro_recall": "max", "val_macro_f1": "max", "val_loss": "min"},
+    "classification": {
+        "val_accuracy": "max",
+        "val_macro_recall": "max",
+        "val_macro_precision": "max",
+        "val_macro_f1": "max",
+        "val_loss": "min",
+    },
     "regression": {"val_mse": "min", "val_mae": "min", "val_r2": "max", "val_loss": "min"},
+    "binary": {
+        "val_f1": "max",
+        "val_accuracy": "max",
+        "val_precision": "max",
+        "val_recall": "max",
+        "val_roc_auc": "max",
+        "val_pr_auc": "max",
+        "val_loss": "min",
+    },
+    "multilabel": {"val_macro_f1": "max", "val_micro_f1": "max", "val_exact_match": "max", "val_loss": "min"},
+    "language": {"val_loss": "min", "val_perplexity": "min", "val_token_accuracy": "max"},
 }
 """What each task reports after an epoch, and which way is better. The first is the task's default."""
 
@@ -38,6 +56,13 @@ def _safe_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or ".." in name:
         raise ValueError("use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit, without '..'")
     return name
+
+
+def _from_anywhere(path: str) -> str:
+    """A worker need not run where the command was given."""
+    if not path:
+        raise ValueError("is empty, give the path of a safetensors file")
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 Name = Annotated[str, AfterValidator(_safe_name)]
@@ -76,6 +101,31 @@ def _class_weights(value: Any) -> Literal["none", "balanced"] | tuple[float, ...
     raise ValueError("use 'none', 'balanced', or a list of positive numbers, one for each class")
 
 
+def _label(value: Any) -> str | int:
+    if isinstance(value, str) or _is_int(value):
+        return cast("str | int", value)
+    raise ValueError("use the class as text or as a whole number")
+
+
+def _value(value: Any) -> str | float:
+    if isinstance(value, str) or (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ):
+        return value
+    raise ValueError("use text or a finite number")
+
+
+def _threshold(value: Any) -> Threshold:
+    if value == "f1":
+        return "f1"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 <= value <= 1:
+        return float(value)
+    if isinstance(value, dict) and list(value) == ["recall"] and _is_positive(value["recall"]) and value["recall"] <= 1:
+        return {"recall": float(value["recall"])}
+    raise ValueError("use 'f1', a number from 0 to 1, or { recall = 0.99 }: the highest that finds that share")
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -96,6 +146,10 @@ TaskName = Annotated[str, AfterValidator(_task_name)]
 AS_IT_IS = PlainSerializer(lambda value: value)
 WorkerCount = Annotated[int | tuple[int, int], PlainValidator(_worker_count), AS_IT_IS]
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size), AS_IT_IS]
+Label = Annotated[str | int, PlainValidator(_label), AS_IT_IS]
+Threshold = Literal["f1"] | float | dict[Literal["recall"], float]
+ThresholdRule = Annotated[Threshold, PlainValidator(_threshold), AS_IT_IS]
+Value = Annotated[str | float, PlainValidator(_value), AS_IT_IS]
 ClassWeights = Annotated[Literal["none", "balanced"] | tuple[float, ...], PlainValidator(_class_weights), AS_IT_IS]
 
 
@@ -122,16 +176,113 @@ class SplitSpec(Spec):
         return self
 
 
-class DataSpec(Spec):
-    """Where the rows are and which column is the target."""
+MissingPolicy = Literal["stop", "drop", "mean", "median", "constant"]
+Encoding = Literal["one_hot", "embedding"]
+UnknownPolicy = Literal["ignore", "refuse"]
+Normalize = Literal["none", "standard", "minmax", "robust"]
 
-    source: str
+
+class ColumnSpec(Spec):
+    """What differs for one input column from the settings of `[data]`, which are the defaults."""
+
+    kind: Literal["number", "category", "date", "image"] | None = None
+    """Default: told by the values. Say category for numbers that are names, such as postcodes."""
+    missing: MissingPolicy | None = None
+    missing_value: Value | None = None
+    missing_indicator: bool | None = None
+    categories: Encoding | None = None
+    unknown_category: UnknownPolicy | None = None
+
+
+class DataSpec(Spec):
+    """Where the rows are, which column is the target, and what is made of the others."""
+
+    source: str | None = None
     """A Parquet file, folder or glob, a `.csv` or `.npz` file, or `package.module:function`."""
+    train: str | None = None
+    """In place of `source`, where the rows are split already: those to train and validate on."""
+    test: str | None = None
+    """With `train`: the rows that become the holdout, whatever `split.holdout` says."""
     target: str
     features: Names | None = None
-    """Input columns in order; default: every column but the target."""
+    """Input columns in order; default: every column but the target and the group, or only those of pictures."""
+    group: str | None = None
+    """A column, such as a patient's number, whose equal values stay on one side of the split. It is no input."""
     split: SplitSpec = SplitSpec()
-    normalize: Literal["none", "standard"] = "none"
+    k_folds: int | None = Field(default=None, ge=2)
+    """Cross-validation: all rows but the holdout are cut into so many folds, and each is validated on by a model that
+    the others trained."""
+    missing: MissingPolicy = "stop"
+    """Of empty cells and NaN. stop: refuse the data. drop: leave those rows out. mean, median (of a category the most
+    frequent one), constant: fill them, in training and at the endpoint."""
+    missing_value: Value | None = None
+    """For constant."""
+    missing_indicator: bool = False
+    """Beside a filled value, tell the model by a column of 0 and 1 that it was missing."""
+    categories: Encoding = "one_hot"
+    """embedding: one number for each category, for a model that takes `embeddings`."""
+    unknown_category: UnknownPolicy = "ignore"
+    """Of a category that no training row has. ignore: it is none of the known ones. refuse: an error."""
+    normalize: Normalize = "none"
+    """Of numbers and dates, fitted on the training rows. robust: by median and interquartile range."""
+    pca: int | None = Field(default=None, ge=1)
+    """Keep this many principal components of the inputs."""
+    image_size: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    """[height, width] to which pictures are resized; default: the commonest."""
+    image_channels: Literal[1, 3] | None = None
+    """1: grey, 3: colour; default: the commonest."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """Of pictures that cannot be read. skip: leave those rows out, up to `max_bad_share` of them."""
+    max_bad_share: Fraction = 0.01
+    tokens: Literal["character", "byte"] = "character"
+    """Of plain text."""
+    context: int = Field(default=128, ge=1)
+    """Tokens of a window of text."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens from the start of one training window to that of the next; default: `context`, so that none overlap."""
+    columns: dict[str, ColumnSpec] = {}
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> DataSpec:
+        if faults := list(self._conflicts()):
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _conflicts(self) -> Iterable[str]:
+        if (self.source is None) == (self.train is None):
+            yield "source: give either source, or train and test"
+        if (self.train is None) != (self.test is None):
+            yield "train, test: a given split has both"
+        for place, policy, value in self._fills():
+            if (policy == "constant") != (value is not None):
+                yield f"{place}missing: {policy!r} with missing_value = {value!r}; constant, and it alone, needs one"
+        encodings = [self.categories, *(column.categories for column in self.columns.values())]
+        if self.pca is not None and "embedding" in encodings:
+            yield "pca: cannot be taken of categories = 'embedding', use 'one_hot'"
+        if self.image_size is not None and min(self.image_size) < 1:
+            yield f"image_size: use [height, width] from 1, got {list(self.image_size)}"
+
+    def _fills(self) -> Iterable[tuple[str, MissingPolicy, str | float | None]]:
+        yield "", self.missing, self.missing_value
+        for name, column in self.columns.items():
+            if column.missing is not None or column.missing_value is not None:
+                value = column.missing_value if column.missing_value is not None else self.missing_value
+                policy = column.missing or self.missing
+                yield f"columns.{name}.", policy, value if policy == "constant" else column.missing_value
+
+    def of_column(self, name: str) -> ColumnSpec:
+        """The settings of one input column, with those of `[data]` where it has none of its own."""
+        own = self.columns.get(name, ColumnSpec())
+        policy = own.missing or self.missing
+        value = own.missing_value if own.missing_value is not None else self.missing_value
+        return ColumnSpec(
+            kind=own.kind,
+            missing=policy,
+            missing_value=value if policy == "constant" else None,
+            missing_indicator=self.missing_indicator if own.missing_indicator is None else own.missing_indicator,
+            categories=own.categories or self.categories,
+            unknown_category=own.unknown_category or self.unknown_category,
+        )
 
 
 class ModelSpec(Spec):
@@ -139,6 +290,11 @@ class ModelSpec(Spec):
 
     factory: str = Field(pattern=IMPORT_PATH)
     params: dict[str, Any] = {}
+    weights: Annotated[str, AfterValidator(_from_anywhere)] | None = None
+    """A safetensors file to start from, such as `bundle/weights.safetensors` of another run: a path, or an s3:// or
+    gs:// URI. Taken by name; what has another shape, such as a new head, starts as the factory makes it."""
+    freeze: Names = ()
+    """Patterns over parameter names (fnmatch), such as `stem.*`, that training leaves as they are."""
 
 
 class ScheduleSpec(Spec):
@@ -201,13 +357,64 @@ class NonFiniteSpec(Spec):
     max_rollbacks: int = Field(default=3, ge=1)
 
 
+class AugmentSpec(Spec):
+    """Random changes of the training images of each batch, drawn anew for each image; in the order of the fields.
+
+    Rotation, resize and colour are kornia's: `pip install 'bigray[vision]'`.
+    """
+
+    crop: int = Field(default=0, ge=0)
+    """Pixels: the image is padded by as many on each side, with the mean, and cut back to its size at a random place
+    (He et al. 2015, arXiv 1512.03385, section 4.2)."""
+    flip: bool = False
+    """Mirror left and right, half of the images."""
+    rotation: float = Field(default=0.0, ge=0, le=180)
+    """Degrees at most, to either side."""
+    resize: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """[least, most] share of the image's area that is cut out and resized to the whole."""
+    brightness: Fraction = 0.0
+    """At most this share of the range of the training values is added or taken away."""
+    contrast: Fraction = 0.0
+    """Values are multiplied by something between 1 - contrast and 1 + contrast."""
+    saturation: Fraction = 0.0
+    """As contrast, for the distance to grey. For images of three channels only, as is hue."""
+    hue: float = Field(default=0.0, ge=0, le=0.5)
+    """At most this share of the colour circle, to either side."""
+    mixup: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Blend each image and its target with another of the batch, by a share drawn from Beta(mixup, mixup) (Zhang et al.
+    2017, arXiv 1710.09412). Classification only, as is cutmix; 0.2 is usual."""
+    cutmix: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Paste a box of another image of the batch, and blend the targets by its area, drawn from Beta(cutmix, cutmix)
+    (Yun et al. 2019, arXiv 1905.04899); 1 is usual. With mixup too, each forward pass takes one of the two."""
+
+    @model_validator(mode="after")
+    def _resize_is_a_range(self) -> AugmentSpec:
+        if self.resize is not None and not 0 < self.resize[0] <= self.resize[1] <= 1:
+            raise ValueError(f"resize: use [least, most] with 0 < least <= most <= 1, got {list(self.resize)}")
+        return self
+
+    @property
+    def mixes_targets(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def changes_colour(self) -> bool:
+        return any((self.brightness, self.contrast, self.saturation, self.hue))
+
+
 class TrainingSpec(Spec):
     """How one model is trained."""
 
     task: TaskName
-    """classification, regression, or `package.module:Task` (see `bigray.training.tasks`)."""
-    targets: Literal["classification", "regression"] | None = None
-    """How a task of one's own reads the target column: as classes or as numbers. Needed for those only."""
+    """classification, regression, binary, multilabel, language, or `package.module:Task` (see
+    `bigray.training.tasks`)."""
+    targets: BuiltInTask | None = None
+    """How a task of one's own reads the target column: as the built-in task does. Needed for those only."""
+    positive: Label | None = None
+    """binary: the class that is looked for; default: the second of the two in sorted order."""
+    threshold: ThresholdRule = "f1"
+    """binary, multilabel: from which probability on a row has the label. f1: where F1 is best on the validation rows;
+    a number; or `{ recall = 0.99 }`: the highest that finds this share of the validation rows that have it."""
     loop: str | None = Field(default=None, pattern=IMPORT_PATH)
     """`package.module:train`, called as train(context) in each worker instead of bigray's loop."""
     loop_params: dict[str, Any] = {}
@@ -247,6 +454,8 @@ class TrainingSpec(Spec):
     """Pass the model through torch.compile."""
     gradient_checkpointing: bool = False
     """Compute the activations of each block again in the backward pass instead of keeping them."""
+    augment: AugmentSpec | None = None
+    """Random changes of the training images, in the worker, before each forward pass; default: none."""
     sync_batchnorm: bool = False
     """Batch norm statistics over the micro-batches of all workers."""
     exact: bool = False
@@ -288,8 +497,7 @@ class TrainingSpec(Spec):
         return self
 
     def _conflicts(self) -> Iterable[str]:
-        if self.task not in METRICS and self.targets is None:
-            yield "targets: a task of your own needs 'classification' or 'regression': how to read the target column"
+        yield from self._target_conflicts()
         if self.exact and self.strategy == "fsdp":
             yield "exact: cannot be combined with strategy = 'fsdp'"
         if self.exact and self.sync_batchnorm:
@@ -298,13 +506,30 @@ class TrainingSpec(Spec):
             yield "exact: needs a fixed global_batch_size, 'auto' depends on the machine"
         if self.loop is not None and (self.exact or self.strategy == "fsdp"):
             yield "exact and strategy = 'fsdp' are of bigray's own loop; remove them, or loop"
+        yield from self._augment_conflicts()
         if self.lr_batch_size is not None and self.lr_scaling == "none":
             yield "lr_batch_size: is only read with lr_scaling = 'linear' or 'sqrt'"
         if self.lr_scaling != "none" and self.global_batch_size == "auto" and self.lr_batch_size is None:
             yield "lr_scaling: with global_batch_size = 'auto' it needs lr_batch_size, the batch that lr is meant for"
-        is_classes = self.target_kind == "classification"
-        if not is_classes and (self.label_smoothing or self.class_weights != "none"):
-            yield "label_smoothing and class_weights are for classification"
+
+    def _augment_conflicts(self) -> Iterable[str]:
+        if self.augment is None:
+            return
+        if self.loop is not None:
+            yield "augment: is of bigray's own loop; remove it, or loop"
+        if self.augment.mixes_targets and self.target_kind != "classification":
+            yield "augment: mixup and cutmix are for classification"
+
+    def _target_conflicts(self) -> Iterable[str]:
+        if self.task not in METRICS and self.targets is None:
+            yield f"targets: a task of your own needs how to read the target column: one of {', '.join(METRICS)}"
+        kind = self.target_kind
+        if kind not in ("classification", "binary") and (self.label_smoothing or self.class_weights != "none"):
+            yield "label_smoothing and class_weights are for classification and binary"
+        if self.positive is not None and kind != "binary":
+            yield f"positive: is for binary, and the task is {kind}"
+        if self.threshold != "f1" and kind not in ("binary", "multilabel"):
+            yield f"threshold: is for binary and multilabel, and the task is {kind}"
 
     @property
     def batch_size(self) -> int:
@@ -323,7 +548,7 @@ class TrainingSpec(Spec):
 
     @property
     def target_kind(self) -> BuiltInTask:
-        """How the target column is read: as classes, or as numbers."""
+        """How the target column is read: as the built-in task of this name does."""
         if self.task in METRICS:
             return cast(BuiltInTask, self.task)
         return self.targets or "regression"
@@ -392,7 +617,9 @@ class JobSpec(Spec):
 
     def fixed_by(self) -> dict[str, Any]:
         """The part that decides the result: all but where it is stored and how many workers share the work."""
-        return self.model_dump(mode="json", exclude={"storage", "scaling"})
+        # of a file of weights the bytes count, which `RunRequest.run_id` adds
+        where: Any = {"storage": True, "scaling": True, "models": {"__all__": {"weights"}}}
+        return self.model_dump(mode="json", exclude=where)
 
 
 class RangeSpec(Spec):
@@ -507,11 +734,16 @@ class TrialSpec(Spec):
     model: ModelSpec
     training: TrainingSpec
     seed: int
+    fold: int | None = None
+    """The fold of `data.k_folds` that it is validated on, from 0; None: the usual split."""
 
     @property
     def config_hash(self) -> str:
-        """Of what decides the result: not of how many rows a forward pass holds."""
-        return digest(self.model_dump(mode="json", exclude={"trial_id": True, "training": {"micro_batch_size"}}))
+        """Of what decides the result: not of how many rows a forward pass holds, or where a file of weights lies."""
+        exclude: Any = {"trial_id": True, "training": {"micro_batch_size"}, "model": {"weights"}}
+        if self.fold is None:
+            exclude["fold"] = True  # a checkpoint of before there were folds is still its own
+        return digest(self.model_dump(mode="json", exclude=exclude))
 
 
 def digest(document: Any) -> str:

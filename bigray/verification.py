@@ -82,7 +82,7 @@ def verify_request(
 
 
 def only_models(job: JobSpec, names: Sequence[str]) -> JobSpec:
-    """The job with only these of its models; with no names, the job.
+    """The job with only these of its models; with no names, all. Each is trained once, also where the job has folds.
 
     Raises:
         SpecError: it has no model of that name.
@@ -90,7 +90,8 @@ def only_models(job: JobSpec, names: Sequence[str]) -> JobSpec:
     if unknown := [name for name in names if name not in job.models]:
         raise SpecError([f"--model {name}: no such model{did_you_mean(name, job.models)}" for name in unknown])
     chosen = {name: model for name, model in job.models.items() if not names or name in names}
-    return job.model_copy(update={"models": chosen})
+    data = job.data.model_copy(update={"k_folds": None})
+    return job.model_copy(update={"models": chosen, "data": data})
 
 
 def disturbed_request(reference: RunRequest, trial: TrialSpec, folder: str, kills: int) -> RunRequest:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bigray.bundle import BundleManifest, ModelBundle
+from bigray.bundle import BundleManifest, ModelBundle, OutputSchema
 from bigray.cluster.capacity import connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.plan import Plan
@@ -320,11 +320,27 @@ def _tolerance(offline: Predictions) -> np.ndarray[Any, Any] | float:
     return EQUAL_WITHIN * np.maximum(1.0, np.abs(offline.values))
 
 
+def label_metrics(labels: Sequence[Any], truth: Sequence[Any], outputs: OutputSchema) -> dict[str, float]:
+    """How right labels are: of a multilabel task lists of them, whose F1 is over all rows and labels together."""
+    if outputs.task == "multilabel":
+        pairs = [({*map(str, a)}, {*map(str, b)}) for a, b in zip(labels, truth, strict=True)]
+        hits, both = sum(len(a & b) for a, b in pairs), sum(len(a) + len(b) for a, b in pairs)
+        return {"exact_match": float(np.mean([a == b for a, b in pairs])), "micro_f1": 2 * hits / both if both else 0.0}
+    given, true = (np.array([str(label) for label in each]) for each in (labels, truth))
+    metrics = {"accuracy": float(np.mean(given == true))}
+    if outputs.task == "binary":
+        positive = str(outputs.class_names[1])
+        hits, found, there = (
+            int(each.sum()) for each in ((given == positive) & (true == positive), given == positive, true == positive)
+        )
+        metrics |= {"precision": hits / found if found else 0.0, "recall": hits / there if there else 0.0}
+    return metrics
+
+
 def _metrics(online: Predictions, dataset: Dataset) -> dict[str, float]:
     truth = dataset.holdout_targets()
     if online.labels is not None:
-        names = [str(label) for label in online.labels]
-        return {"accuracy": float(np.mean([a == str(b) for a, b in zip(names, truth, strict=True)]))}
+        return label_metrics(online.labels, truth, dataset.outputs)
     assert online.values is not None, "a prediction has labels or values"
     expected = np.asarray(truth, dtype=np.float64)
     squared = (online.values - expected) ** 2

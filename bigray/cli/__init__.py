@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import bigray.cli.bundles
 import bigray.cli.serving
 import bigray.cli.training  # noqa: F401  # each registers its commands
 from bigray.cli.app import app

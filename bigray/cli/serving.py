@@ -174,20 +174,6 @@ def top(
         watch(url, lambda _: client.stats(), interval, console.out)
 
 
-@app.command(epilog="Example: bigray predict http://127.0.0.1:8000 rows.csv")
-def predict(
-    url: Url,
-    file: Annotated[str, typer.Argument(help="Rows as .json, .csv, .parquet or .arrow.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    key: ApiKey = None,
-) -> None:
-    """Ask an endpoint about the rows of a file; prints one JSON object a row."""
-    from bigray import console
-    from bigray.serve.client import predict_file
-
-    console.print_predictions(predict_file(url, file, limit, api_key(key)))
-
-
 @app.command(
     epilog="Examples: bigray autoscale runs/digits-1a2b3c --trace step --rate 200; "
     "bigray autoscale runs/digits-1a2b3c --trace access.jsonl --price 0.05"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,21 +12,31 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bigray.bundle import OutputSchema
-from bigray.data.features import Column, FeatureSchema, column_to_numpy, table_to_records
-from bigray.data.preprocessing import Preprocessing, fit_preprocessing
-from bigray.data.sources import read_table
-from bigray.data.splitting import fingerprint, row_hashes, split_rows
+from bigray.data.cleaning import fit_column, fit_steps, kept_rows, label_faults, missing_faults, rows_named
+from bigray.data.features import Column, FeatureSchema, column_to_numpy, is_binary, table_to_records
+from bigray.data.images import decode_all, probe_size
+from bigray.data.preprocessing import FloatArray, Preprocessing, fit_preprocessing
+from bigray.data.schema import Kind, infer_kinds
+from bigray.data.sources import given_split, is_image, read_split, read_table, table_from_arrays
+from bigray.data.splitting import Split, fingerprint, group_hashes, row_hashes, split_rows
+from bigray.data.targets import Targets, encode_targets, true_answers, untrained_classes
+from bigray.data.text_rows import TextRows, is_plain_text, read_windows
 from bigray.errors import SpecError, did_you_mean
 from bigray.specs import BuiltInTask, DataSpec
 
-Targets = NDArray[np.int64] | NDArray[np.float32]
+GOLDEN_ROWS = 16
+"""Most validation rows that are kept as they came."""
+FREE = ("number", "date")
+"""Kinds of which a value has the same code whatever the training rows are."""
+ROWS_AT_ONCE = 4096
+"""Preprocessed together: more would hold several copies of all rows in memory."""
 
 
 @dataclass(frozen=True)
 class TrainingArrays:
-    """What workers map from the object store: standardised inputs (rows, *input_shape) float32, and targets.
+    """What workers map from the object store: model inputs (rows, *model_input_shape) float32, and targets.
 
-    Targets are class numbers (rows,) int64, or values (rows,) float32. The holdout is not among them.
+    Targets are what `encode_targets` makes of the column. The holdout is not among them.
     """
 
     x_train: NDArray[np.float32]
@@ -45,14 +56,18 @@ class Dataset:
 
     arrays: TrainingArrays
     holdout: pa.Table
-    """Sealed rows, raw, with their target column."""
+    """Sealed rows, raw but without those that were left out, with their target column."""
     inputs: FeatureSchema
     outputs: OutputSchema
     preprocessing: Preprocessing
     fingerprint: str
     example: dict[str, Any]
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Least and largest raw value of each feature column among training and validation rows."""
+    """Least and largest raw value of each column of numbers among training and validation rows."""
+    golden_rows: FloatArray = field(default_factory=lambda: np.zeros((0,), np.float32))
+    """Codes of a few validation rows, (rows, *inputs.input_shape): questions for the bundle."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the data, one line each."""
 
     @property
     def num_rows(self) -> dict[str, int]:
@@ -62,98 +77,286 @@ class Dataset:
             "holdout": self.holdout.num_rows,
         }
 
+    @property
+    def model_input_shape(self) -> tuple[int, ...]:
+        """Shape of one row as the model sees it."""
+        return self.preprocessing.output_shape(self.inputs.input_shape)
+
     def holdout_targets(self) -> list[Any]:
-        """The true answers of the holdout: class names as `outputs.class_names` has them, or values."""
+        """The true answers of the holdout, as `Predictions` has answers."""
         return true_answers(self.holdout, self.outputs)
 
 
-def prepare_dataset(spec: DataSpec, task: BuiltInTask) -> Dataset:
-    """Read, check, split and standardise.
+@dataclass(frozen=True, eq=False)
+class CleanRows:
+    """All rows that can be used, cut into parts; nothing is fitted on them yet."""
+
+    spec: DataSpec
+    table: pa.Table = field(repr=False)
+    kinds: Mapping[str, Kind]
+    """Of each input column."""
+    tensor: NDArray[Any] | None = field(repr=False)
+    """Codes (rows, *shape) of a tensor column; None for scalar columns, whose codes depend on what is fitted."""
+    targets: Targets = field(repr=False)
+    outputs: OutputSchema
+    hashes: NDArray[np.uint64] = field(repr=False)
+    split: Split = field(repr=False)
+    numbers: NDArray[np.int64] = field(repr=False)
+    """The number of each row in the source."""
+    notes: tuple[str, ...] = ()
+    """What was left out, one line each."""
+
+    @property
+    def content(self) -> pa.Table:
+        """The input columns and the target, raw."""
+        return self.table.select([*self.kinds, self.spec.target])
+
+    def schema(self, train: NDArray[np.int64]) -> FeatureSchema:
+        """The input columns, with the categories of these rows."""
+        rows, shape = self.table.take(pa.array(train)), () if self.tensor is None else self.tensor.shape[1:]
+        columns = (fit_column(name, kind, shape, rows.column(name), self.spec) for name, kind in self.kinds.items())
+        return FeatureSchema(columns=tuple(columns))
+
+    def codes(self, inputs: FeatureSchema) -> NDArray[Any]:
+        """Codes of all rows, (rows, *inputs.input_shape): float32, or uint8 of pictures."""
+        return self.tensor if self.tensor is not None else _encode(inputs, self.table, self.numbers)
+
+
+def prepare_dataset(spec: DataSpec, task: BuiltInTask, positive: str | int | None = None) -> Dataset:
+    """Read, check, clean, split, fit and preprocess. `positive` is of a binary task.
 
     Raises:
         SpecError: with one line for each fault, each starting with the key it belongs to.
     """
-    try:
-        table = read_table(spec.source)
-    except SpecError as error:
-        raise SpecError([f"data.source: {fault}" for fault in error.faults]) from error
-    features = spec.features or tuple(name for name in table.column_names if name != spec.target)
-    faults = list(_column_faults(table, spec, features)) or list(_value_faults(table, (*features, spec.target)))
-    if faults:
-        raise SpecError(faults)
-
-    table = _booleans_as_numbers(table, features)
-    inputs = _feature_schema(table, features)
-    x = inputs.from_table(table)
-    _check_finite(x, inputs)
-    targets, outputs = _encode_targets(table, spec.target, task)
-    hashes = row_hashes(table.select([*features, spec.target]))
-    split = split_rows(hashes, targets if task == "classification" else None, spec.split)  # type: ignore[arg-type]
+    table, num_given = _read(spec)
+    if task == "language" and is_plain_text(table, spec):
+        return _of_text(read_windows(table, num_given, spec), spec)
+    rows = _clean(table, num_given, spec, task, positive)
+    split, targets, content = rows.split, rows.targets, rows.content
     _check_split(spec, task, split.train.size, split.validation.size)
-
-    x_train = x[split.train]
-    preprocessing = fit_preprocessing(spec.normalize, x_train)
-    x_standardised = preprocessing.apply(x)
+    _check_targets(targets, rows.outputs, split, rows.numbers)
+    inputs = rows.schema(split.train)
+    codes = rows.codes(inputs)
+    x_train, x_val = codes[split.train], codes[split.validation]
+    preprocessing = _fit(spec, inputs, x_train)
+    apply = preprocessing.function()
     arrays = TrainingArrays(
-        x_train=np.ascontiguousarray(x_standardised[split.train]),
+        x_train=_in_parts(apply, x_train),
         y_train=targets[split.train],
-        x_val=np.ascontiguousarray(x_standardised[split.validation]),
+        x_val=_in_parts(apply, x_val),
         y_val=targets[split.validation],
     )
     return Dataset(
         arrays=arrays,
-        holdout=table.select([*features, spec.target]).take(pa.array(split.holdout)),
+        holdout=content.take(pa.array(split.holdout)),
         inputs=inputs,
-        outputs=outputs,
+        outputs=rows.outputs,
         preprocessing=preprocessing,
-        fingerprint=fingerprint(table.select([*features, spec.target]), hashes),
-        example=table_to_records(table.select(list(features)).take(pa.array(split.train[:1])))[0],
-        ranges=_ranges(inputs, x_train, x[split.validation]),
+        fingerprint=fingerprint(content, rows.hashes),
+        example=_example(inputs, content, split.train, x_train),
+        ranges=_ranges(inputs, x_train, x_val),
+        golden_rows=_spread(x_val, GOLDEN_ROWS),
+        notes=rows.notes,
     )
 
 
-def true_answers(table: pa.Table, outputs: OutputSchema) -> list[Any]:
-    """The target column of some rows: class names as `outputs.class_names` has them, or values."""
-    values = column_to_numpy(table, outputs.target)
-    if outputs.task == "classification":
-        return _class_names(_class_values(values))
-    numbers: list[Any] = values.tolist()
-    return numbers
+def read_clean(spec: DataSpec, task: BuiltInTask, positive: str | int | None = None) -> CleanRows:
+    """The rows of the source, checked, cleaned and cut.
+
+    Raises:
+        SpecError: with one line for each fault.
+    """
+    return _clean(*_read(spec), spec, task, positive)
+
+
+def _clean(
+    table: pa.Table, num_given: int | None, spec: DataSpec, task: BuiltInTask, positive: str | int | None
+) -> CleanRows:
+    features = spec.features or _default_features(table, spec)
+    _refuse(_column_faults(table, spec, features))
+    kinds = infer_kinds(table, features, spec)
+    table = _plain_numbers(table, kinds)
+    _refuse([*label_faults(table, spec.target), *missing_faults(table, kinds, spec)])
+    num_rows, numbers = table.num_rows, kept_rows(table, kinds, spec)
+    table, num_given = _kept(table, numbers, num_given)
+    tensor, good, notes = _tensor(table, kinds, spec, numbers)
+    table, num_given = _kept(table, good, num_given)
+    notes, numbers = (*_left_out(num_rows - len(numbers)), *notes), numbers[good]
+    _check_values(table, kinds, spec, numbers)
+    targets, outputs = encode_targets(table, spec.target, task, positive)
+    hashes = row_hashes(table.select([*features, spec.target]))
+    classes = targets if task in ("classification", "binary") else None
+    split = _split(table, hashes, classes, spec, num_given)
+    return CleanRows(spec, table, kinds, tensor, targets, outputs, hashes, split, numbers, notes)
+
+
+def _of_text(rows: TextRows, spec: DataSpec) -> Dataset:
+    vocabulary = rows.column.categories
+    (x_train, y_train), (x_val, y_val), (x_holdout, y_holdout) = rows.train, rows.validation, rows.holdout
+    return Dataset(
+        arrays=TrainingArrays(x_train=x_train, y_train=y_train, x_val=x_val, y_val=y_val),
+        holdout=table_from_arrays({rows.column.name: x_holdout, spec.target: y_holdout}),
+        inputs=FeatureSchema(columns=(rows.column,)),
+        outputs=OutputSchema(task="language", num_outputs=len(vocabulary), target=spec.target, class_names=vocabulary),
+        preprocessing=Preprocessing(),
+        fingerprint=rows.fingerprint,
+        example={rows.column.name: x_train[0].astype(int).tolist()},
+        golden_rows=_spread(x_val, GOLDEN_ROWS),
+    )
+
+
+def _check_values(table: pa.Table, kinds: Mapping[str, Kind], spec: DataSpec, numbers: NDArray[np.int64]) -> None:
+    """Before anything is made of the rows, so that what is wrong with a value is told as such."""
+    free = [fit_column(name, kind, (), table.column(name), spec) for name, kind in kinds.items() if kind in FREE]
+    if free:
+        _encode(FeatureSchema(columns=tuple(free)), table, numbers)
+
+
+def _read(spec: DataSpec) -> tuple[pa.Table, int | None]:
+    """All rows; and how many of them are to train on, where the rest is a holdout that was given as such."""
+    train, test = spec.train, spec.test
+    if spec.source is not None:
+        try:
+            given = given_split(spec.source)
+            if given is None:
+                return read_table(spec.source), None
+        except SpecError as error:
+            raise SpecError([f"data.source: {fault}" for fault in error.faults]) from error
+        train, test = given
+    assert train is not None and test is not None, "checked by DataSpec"
+    first, second = read_split(train, test)
+    return pa.concat_tables([first, second]), first.num_rows
+
+
+def _default_features(table: pa.Table, spec: DataSpec) -> tuple[str, ...]:
+    """Every column but the target and the group; of pictures only they, since what is beside them are their names."""
+    names = [name for name in table.column_names if name not in (spec.target, spec.group)]
+    pictures = [name for name in names if is_image(table.schema.field(name))]
+    return tuple(pictures or names)
+
+
+def _kept(table: pa.Table, rows: NDArray[np.int64], num_given: int | None) -> tuple[pa.Table, int | None]:
+    if len(rows) == table.num_rows:
+        return table, num_given
+    return table.take(pa.array(rows)), None if num_given is None else int(np.searchsorted(rows, num_given))
+
+
+def _tensor(
+    table: pa.Table, kinds: Mapping[str, Kind], spec: DataSpec, rows: NDArray[np.int64]
+) -> tuple[NDArray[Any] | None, NDArray[np.int64], tuple[str, ...]]:
+    """The codes of a tensor column (rows, *shape), the rows that they are of, and a line about others.
+
+    Numbers are float32; pictures uint8, and only those rows stay where they can be read. None for scalar columns.
+    """
+    everything = np.arange(table.num_rows)
+    name = next(iter(kinds))
+    if kinds[name] == "image" and is_binary(table.schema.field(name).type):
+        return _pictures(table, name, spec)
+    if kinds[name] not in ("image", "tensor"):
+        return None, everything, ()
+    column = Column(name=name, shape=column_shape(table, name))
+    return _encode(FeatureSchema(columns=(column,)), table, rows), everything, ()
+
+
+def _pictures(
+    table: pa.Table, name: str, spec: DataSpec
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
+    column = table.column(name)
+    paths = table.column("path").to_pylist() if "path" in table.column_names else None
+    try:
+        size, channels = probe_size(column)
+        size, channels = spec.image_size or size, spec.image_channels or channels
+        pixels, good, faults = decode_all(column, size, channels, spec.bad_images, spec.max_bad_share, paths=paths)
+    except SpecError as error:
+        raise SpecError([f"data.source: column '{name}': {fault}" for fault in error.faults]) from None
+    if not faults:
+        return pixels, np.arange(len(pixels)), ()
+    more = f" and {len(faults) - 1:,} more" if len(faults) > 1 else ""
+    return pixels[good], np.flatnonzero(good), (f"data.bad_images: left out {faults[0]}{more}",)
+
+
+def _left_out(num_rows: int) -> tuple[str, ...]:
+    return (f"data.missing: left out {num_rows:,} rows with empty values",) if num_rows else ()
+
+
+def _split(
+    table: pa.Table,
+    hashes: NDArray[np.uint64],
+    classes: Targets | None,
+    spec: DataSpec,
+    num_given: int | None,
+) -> Split:
+    groups = None if spec.group is None else group_hashes(table, spec.group)
+    if num_given is None:
+        return split_rows(hashes, classes, spec.split, groups)  # type: ignore[arg-type]  # classes have numbers
+    own = spec.split.model_copy(update={"holdout": 0.0})
+    first = [None if each is None else each[:num_given] for each in (classes, groups)]
+    split = split_rows(hashes[:num_given], first[0], own, first[1])  # type: ignore[arg-type]
+    return Split(split.train, split.validation, np.arange(num_given, table.num_rows))
+
+
+def _encode(inputs: FeatureSchema, table: pa.Table, rows: NDArray[np.int64]) -> FloatArray:
+    try:
+        return inputs.from_table(table, rows)  # type: ignore[arg-type]  # an array of numbers is as good as a list
+    except SpecError as error:
+        raise SpecError([f"data.source: {fault}; clean them in the source" for fault in error.faults]) from None
+
+
+def _fit(spec: DataSpec, inputs: FeatureSchema, x_train: NDArray[Any]) -> Preprocessing:
+    steps = () if inputs.is_plain else fit_steps(inputs.columns, x_train, spec)
+    num_outputs = math.prod(inputs.input_shape) if not steps else sum(step.width for step in steps)
+    most = min(num_outputs, len(x_train))
+    if spec.pca is not None and spec.pca > most:
+        raise SpecError(
+            f"data.pca: {spec.pca} components, but there are {num_outputs} inputs and {len(x_train)} training rows; "
+            f"use at most {most}"
+        )
+    return fit_preprocessing(spec.normalize, x_train, steps, spec.pca)
+
+
+def _in_parts(apply: Callable[[FloatArray], FloatArray], codes: NDArray[Any]) -> FloatArray:
+    starts = range(0, len(codes), ROWS_AT_ONCE)
+    parts = (apply(codes[start : start + ROWS_AT_ONCE].astype(np.float32, copy=False)) for start in starts)
+    first = next(parts)
+    found = np.empty((len(codes), *first.shape[1:]), np.float32)
+    found[: len(first)] = first
+    for start, part in zip(starts[1:], parts, strict=True):
+        found[start : start + len(part)] = part
+    return found
+
+
+def _spread(codes: NDArray[Any], count: int) -> FloatArray:
+    """At most so many rows, from the first to the last."""
+    chosen = np.linspace(0, len(codes) - 1, min(count, len(codes)), dtype=np.int64)
+    return codes[chosen].astype(np.float32)
+
+
+def _example(
+    inputs: FeatureSchema, content: pa.Table, train: NDArray[np.int64], x_train: NDArray[Any]
+) -> dict[str, Any]:
+    """A training row as a caller would send it: the first that has all its values."""
+    if inputs.columns[0].kind == "image":
+        return {inputs.tensor_name: x_train[0].tolist()}
+    is_whole = ~np.isnan(x_train.reshape(len(x_train), -1)).any(axis=1)
+    row = int(train[is_whole.argmax()])
+    return table_to_records(content.select([column.name for column in inputs.columns]).slice(row, 1))[0]
 
 
 def _column_faults(table: pa.Table, spec: DataSpec, features: tuple[str, ...]) -> Iterable[str]:
-    if spec.target not in table.column_names:
-        yield f"data.target: no column '{spec.target}'{did_you_mean(spec.target, table.column_names)}"
+    known = table.column_names
+    if spec.target not in known:
+        yield f"data.target: no column '{spec.target}'{did_you_mean(spec.target, known)}"
+    if spec.group is not None and spec.group not in known:
+        yield f"data.group: no column '{spec.group}'{did_you_mean(spec.group, known)}"
     for name in features:
-        if name == spec.target:
-            yield f"data.features: '{name}' is the target"
-        elif name not in table.column_names:
-            yield f"data.features: no column '{name}'{did_you_mean(name, table.column_names)}"
+        if name in (spec.target, spec.group):
+            yield f"data.features: '{name}' is the {'target' if name == spec.target else 'group'}"
+        elif name not in known:
+            yield f"data.features: no column '{name}'{did_you_mean(name, known)}"
     if not features:
-        yield f"data.source: '{spec.source}' has no column besides the target"
-
-
-def _value_faults(table: pa.Table, names: tuple[str, ...]) -> Iterable[str]:
+        yield f"data.source: '{spec.source or spec.train}' has no column besides the target"
     if table.num_rows == 0:
         yield "data.source: holds no rows"
-    for name in names:
-        if nulls := table.column(name).null_count:
-            yield f"data.source: column '{name}' has {nulls} empty values; fill or drop them in the source"
-    for name in names[:-1]:
-        if not _is_numeric(table.column(name).type):
-            kind = table.column(name).type
-            yield f"data.source: column '{name}' is {kind}, not numeric; name the columns to use in data.features"
-    tensors = [name for name in names[:-1] if column_shape(table, name)] if table.num_rows else []
-    if tensors and len(names) > 2:
-        yield f"data.source: tensor column '{tensors[0]}' cannot be mixed with others; name it alone in data.features"
-
-
-def _is_numeric(kind: pa.DataType) -> bool:
-    if isinstance(kind, pa.FixedShapeTensorType):
-        return _is_numeric(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _is_numeric(kind.value_type)
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def column_shape(table: pa.Table, name: str) -> tuple[int, ...]:
@@ -161,68 +364,41 @@ def column_shape(table: pa.Table, name: str) -> tuple[int, ...]:
     return column_to_numpy(table.slice(0, 1), name).shape[1:]
 
 
-def _feature_schema(table: pa.Table, features: tuple[str, ...]) -> FeatureSchema:
-    return FeatureSchema(columns=tuple(Column(name=name, shape=column_shape(table, name)) for name in features))
+def _ranges(inputs: FeatureSchema, *parts: NDArray[Any]) -> dict[str, tuple[float, float]]:
+    if inputs.columns[0].kind == "image":
+        return {inputs.tensor_name: (0.0, 255.0)}
+    if inputs.is_tensor:
+        return {inputs.tensor_name: _range(np.asarray([end for part in parts for end in (part.min(), part.max())]))}
+    codes = np.concatenate(parts)
+    found = {
+        column.name: codes[:, i][~np.isnan(codes[:, i])]
+        for i, column in enumerate(inputs.columns)
+        if column.kind == "number"
+    }
+    return {name: _range(values) for name, values in found.items() if len(values)}
 
 
-def _ranges(inputs: FeatureSchema, *parts: NDArray[np.float32]) -> dict[str, tuple[float, float]]:
-    axes = None if inputs.is_tensor else 0
-    least = np.atleast_1d(np.min([part.min(axis=axes) for part in parts], axis=0))
-    largest = np.atleast_1d(np.max([part.max(axis=axes) for part in parts], axis=0))
+def _range(values: NDArray[Any]) -> tuple[float, float]:
     # by way of their text, which is 0.1 and not the 0.10000000149 that float32 makes of it
-    bounds = [(float(str(low)), float(str(high))) for low, high in zip(least, largest, strict=True)]
-    return {column.name: bound for column, bound in zip(inputs.columns, bounds, strict=True)}
+    return float(str(values.min())), float(str(values.max()))
 
 
-def _booleans_as_numbers(table: pa.Table, features: tuple[str, ...]) -> pa.Table:
-    """So that a row taken from the table is one that an endpoint accepts: JSON's true and false are not numbers."""
-    for name in features:
-        if pa.types.is_boolean(table.column(name).type):
-            index = table.column_names.index(name)
-            table = table.set_column(index, name, table.column(name).cast(pa.int8()))
+def _plain_numbers(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
+    """So that a row taken from the table is one that an endpoint accepts: JSON's true and false are not numbers, and
+    it has no decimals."""
+    for name in (name for name, kind in kinds.items() if kind == "number"):
+        column, index = table.column(name), table.column_names.index(name)
+        if pa.types.is_boolean(column.type):
+            table = table.set_column(index, name, column.cast(pa.int8()))
+        elif pa.types.is_decimal(column.type):
+            values = [None if value is None else float(value) for value in column.to_pylist()]
+            table = table.set_column(index, name, pa.array(values, pa.float64()))
     return table
 
 
-def _encode_targets(table: pa.Table, target: str, task: BuiltInTask) -> tuple[Targets, OutputSchema]:
-    values = column_to_numpy(table, target)
-    if task == "regression":
-        if values.dtype.kind not in "iuf" or values.ndim != 1:
-            raise SpecError(f"data.target: '{target}' is not a column of numbers, which regression needs")
-        if not np.isfinite(values).all():
-            raise SpecError(f"data.target: '{target}' holds NaN or infinite values")
-        return values.astype(np.float32), OutputSchema(task=task, num_outputs=1, target=target)
-    if values.ndim != 1:
-        raise SpecError(f"data.target: '{target}' holds {values.shape[1:]} values a row; classification needs one")
-    if values.dtype.kind == "f" and not (values == np.round(values)).all():
-        raise SpecError(f"data.target: '{target}' holds fractions, not classes; use training.task = 'regression'")
-    classes, numbers = np.unique(_class_values(values), return_inverse=True)
-    if len(classes) < 2:
-        raise SpecError(f"data.target: '{target}' has a single class ({classes[0]}); classification needs two")
-    names = tuple(_class_names(classes))
-    outputs = OutputSchema(task=task, num_outputs=len(classes), target=target, class_names=names)
-    return numbers.astype(np.int64), outputs
-
-
-def _class_values(values: NDArray[Any]) -> NDArray[Any]:
-    """A target column as its classes are told apart: 1.0 and true are the class 1."""
-    if values.dtype.kind in "bf":
-        return values.astype(np.int64)
-    return values.astype(str) if values.dtype.kind == "O" else values
-
-
-def _class_names(values: NDArray[Any]) -> list[int | str]:
-    return [int(value) if isinstance(value, np.integer) else str(value) for value in values]
-
-
-def _check_finite(x: NDArray[np.float32], inputs: FeatureSchema) -> None:
-    bad_rows = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
-    if not len(bad_rows):
-        return
-    column = 0 if inputs.is_tensor else int(np.flatnonzero(~np.isfinite(x[bad_rows[0]]))[0])
-    raise SpecError(
-        f"data.source: column '{inputs.columns[column].name}' holds NaN or infinite values, first in row "
-        f"{bad_rows[0]} of {len(bad_rows)} such rows; clean them in the source"
-    )
+def _refuse(faults: Iterable[str]) -> None:
+    if found := list(faults):
+        raise SpecError(found)
 
 
 def _check_split(spec: DataSpec, task: BuiltInTask, num_train: int, num_validation: int) -> None:
@@ -235,3 +411,20 @@ def _check_split(spec: DataSpec, task: BuiltInTask, num_train: int, num_validati
         )
     if task == "regression" and num_validation < 2:
         raise SpecError("data.split.validation: leaves one row, and val_r2 needs at least two")
+
+
+def _check_targets(targets: Targets, outputs: OutputSchema, split: Split, rows: NDArray[np.int64]) -> None:
+    """Nothing can be learnt of a class that no training row has, nor where all have one value."""
+    y_train = targets[split.train]
+    if outputs.task == "regression" and (y_train == y_train[0]).all():
+        raise SpecError(
+            f"data.target: '{outputs.target}' is {y_train[0]:g} in every training row; there is nothing to learn"
+        )
+    names = list(outputs.class_names)
+    for name in untrained_classes(y_train, outputs):
+        number = names.index(name)
+        has_it = targets[:, number] > 0 if outputs.task == "multilabel" else targets == number
+        raise SpecError(
+            f"data.target: '{name}' of '{outputs.target}' is in no training row, only in "
+            f"{rows_named(rows[np.flatnonzero(has_it)])}; give it more rows, or leave it out of the source"
+        )

@@ -1,32 +1,48 @@
-"""The columns a model reads: how a row, given as Arrow, JSON records or a tensor, becomes its input array.
+"""The columns a model reads: how a row, given as Arrow, JSON records or a tensor, becomes an array of codes.
 
-Training, offline prediction and the replica all come through here, so a row means the same thing in each.
+Training, offline prediction and the replica all come through here, so a row means the same thing in each. A code is a
+number: what it stands for is told by the column's kind (`bigray.data.codes`). `Preprocessing` makes model inputs of it.
 """
 
 from __future__ import annotations
 
+import base64
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from decimal import Decimal
+from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from bigray.data.codes import decode_value, encode_column, encode_rows, encoder_of, is_plain_number, plain_values
+from bigray.data.images import decode, decode_all
+from bigray.data.text import encode, prompt_window
 from bigray.errors import SpecError
 
 FloatArray = NDArray[np.float32]
 
 
 class Column(BaseModel):
-    """One input column. `shape` is `()` for a number and, say, `(28, 28)` for an image."""
+    """One input column. `shape` is `()` for a single value and, say, `(28, 28)` for an image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     shape: tuple[int, ...] = ()
+    kind: Literal["number", "category", "date", "image", "text"] = "number"
+    """What its codes stand for. image: brightness from 0 to 255. text: tokens."""
+    categories: tuple[str, ...] = ()
+    """Those that training saw; the code of one is its place in here, and -1 is that of all others."""
+    nullable: bool = False
+    """Whether a value may be missing: null, NaN or an empty string, with the code NaN."""
+    unknown: Literal["ignore", "refuse"] = "ignore"
+    """What becomes of a category that training did not see."""
 
 
 class FeatureSchema(BaseModel):
@@ -38,39 +54,75 @@ class FeatureSchema(BaseModel):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample as the model sees it, without the batch axis."""
+        """Shape of the codes of one sample, without the batch axis."""
         return self.columns[0].shape if self.is_tensor else (len(self.columns),)
 
     @property
     def is_tensor(self) -> bool:
         return len(self.columns) == 1 and self.columns[0].shape != ()
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether every value is its own code: numbers that cannot be missing."""
+        return self.is_tensor or not any(column.kind != "number" or column.nullable for column in self.columns)
+
     @property
     def tensor_name(self) -> str:
         """Name of the single input tensor in the Open Inference Protocol."""
         return self.columns[0].name if self.is_tensor else "features"
 
-    def from_table(self, table: pa.Table) -> FloatArray:
-        """Rows of an Arrow table -> float32 array (rows, *input_shape)."""
-        arrays = [column_to_numpy(table, column.name) for column in self.columns]
-        stacked = arrays[0] if self.is_tensor else np.stack(arrays, axis=1)
-        return np.ascontiguousarray(stacked, dtype=np.float32)
-
-    def from_records(self, records: Sequence[Mapping[str, Any]]) -> FloatArray:
-        """JSON records -> float32 array (rows, *input_shape).
+    def from_table(self, table: pa.Table, rows: Sequence[int] | None = None) -> FloatArray:
+        """Rows of an Arrow table -> codes (rows, *input_shape) float32. `rows` are the numbers to name its rows by.
 
         Raises:
-            SpecError: no rows, a missing or unknown column, a value that is not a finite number, or a wrong shape.
+            SpecError: a column is not there, or a value has no code; names row and column.
+        """
+        if missing := [column.name for column in self.columns if column.name not in table.column_names]:
+            raise SpecError(f"no column {_some(missing)}; the columns are: {_some(table.column_names, 20)}")
+        if self.is_tensor:
+            codes = np.ascontiguousarray(_tensor_of(table, self.columns[0]), dtype=np.float32)
+        elif self.is_plain and all(is_plain_number(table.schema.field(column.name).type) for column in self.columns):
+            arrays = [column_to_numpy(table, column.name) for column in self.columns]
+            with np.errstate(over="ignore"):
+                codes = np.ascontiguousarray(np.stack(arrays, axis=1), dtype=np.float32)
+        else:
+            return np.stack([encode_column(table.column(column.name), column, rows) for column in self.columns], axis=1)
+        self._refuse_non_finite(codes, rows)
+        return codes
+
+    def from_records(self, records: Sequence[Mapping[str, Any]]) -> FloatArray:
+        """JSON records -> codes (rows, *input_shape) float32.
+
+        Raises:
+            SpecError: no rows, a missing or unknown column, a value that has no code, or a wrong shape.
         """
         if not isinstance(records, list) or not records:
             raise SpecError("records: expected a list with at least one row")
         values = self._values(records)
+        if not self.is_plain:
+            return encode_rows(self.columns, self._encoders, values)
         quick = _plain_numbers(values, self.input_shape)
         return self.checked(values if quick is None else quick)
 
+    def to_records(self, codes: FloatArray) -> list[dict[str, Any]]:
+        """Codes (rows, *input_shape) -> JSON records that have them, such as a caller would send."""
+        if self.is_tensor:
+            return [{self.tensor_name: values} for values in codes.tolist()]
+        return [
+            {column.name: decode_value(code, column) for column, code in zip(self.columns, row, strict=True)}
+            for row in codes.tolist()
+        ]
+
     def checked(self, values: Any) -> FloatArray:
-        """Nested numbers or an array -> float32 array (rows, *input_shape), or `SpecError` naming what is wrong."""
+        """Nested raw values, or an array of numbers -> codes (rows, *input_shape), or `SpecError` naming what is wrong.
+
+        The values are raw ones in the order of the columns: 3 in a column of categories is the category "3".
+        """
         expected = f"({', '.join(('rows', *map(str, self.input_shape)))})"
+        if not self.is_plain:
+            return self._checked_rows(values, expected)
+        if self.columns[0].kind in ("image", "text") and isinstance(values, list):
+            values = [_from_text(value, self.columns[0]) if isinstance(value, str) else value for value in values]
         if isinstance(values, list) and holds_text(values):
             raise SpecError(f"{self.tensor_name}: expected numbers, got {_example_of_non_number(values)}")
         try:
@@ -87,6 +139,37 @@ class FeatureSchema(BaseModel):
             raise SpecError(f"{self.tensor_name}: NaN or infinite values are not accepted")
         return np.ascontiguousarray(result)
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without what was worked out from the columns: functions cannot go to another process."""
+        return {**super().__getstate__(), "__dict__": {"columns": self.columns}}
+
+    @cached_property
+    def _encoders(self) -> tuple[Callable[[Any], float], ...]:
+        return tuple(encoder_of(column) for column in self.columns)
+
+    def _checked_rows(self, values: Any, expected: str) -> FloatArray:
+        if isinstance(values, np.ndarray):
+            if values.dtype.kind not in "iuf":
+                raise SpecError(f"{self.tensor_name}: expected numbers, got {values.dtype}")
+            if values.ndim != 2 or values.shape[1:] != self.input_shape or len(values) == 0:
+                raise SpecError(f"{self.tensor_name}: wrong shape {values.shape}, expected {expected}")
+            values = values.tolist()
+        if not isinstance(values, list) or not values:
+            raise SpecError(f"{self.tensor_name}: expected a list of rows of {len(self.columns)} values")
+        return encode_rows(self.columns, self._encoders, values)
+
+    def _refuse_non_finite(self, codes: FloatArray, rows: Sequence[int] | None) -> None:
+        is_bad = ~np.isfinite(codes.reshape(len(codes), -1))
+        bad_rows = np.flatnonzero(is_bad.any(axis=1))
+        if not len(bad_rows):
+            return
+        first = int(bad_rows[0])
+        column = 0 if self.is_tensor else int(is_bad[first].argmax())
+        raise SpecError(
+            f"column '{self.columns[column].name}' holds NaN or infinite values, first in row "
+            f"{first if rows is None else rows[first]} of {len(bad_rows)} such rows"
+        )
+
     def _values(self, records: Sequence[Mapping[str, Any]]) -> list[Any]:
         names = [column.name for column in self.columns]
         try:
@@ -95,6 +178,66 @@ class FeatureSchema(BaseModel):
             return [[record[name] for name in names] for record in records]
         except (KeyError, TypeError, IndexError):
             raise SpecError(_missing_column(names, records)) from None
+
+
+def _tensor_of(table: pa.Table, column: Column) -> NDArray[Any]:
+    kind = table.schema.field(column.name).type
+    if column.kind == "text" and column.categories and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return np.stack([_window(text or "", column) for text in table.column(column.name).to_pylist()])
+    if column.kind == "image" and len(column.shape) == 3 and is_binary(kind):
+        return _pictures(table, column)
+    values = column_to_numpy(table, column.name)
+    if values.shape[1:] != column.shape:
+        values = values.reshape(-1, *column.shape) if values[:1].size == np.prod(column.shape) else values
+    if values.dtype.kind not in "biuf" or values.shape[1:] != column.shape:
+        found = kind if values.dtype.kind not in "biuf" else f"of shape {values.shape[1:]}"
+        raise SpecError(f"column '{column.name}' is {found}, expected numbers of shape {column.shape}")
+    return values
+
+
+def _pictures(table: pa.Table, column: Column) -> NDArray[Any]:
+    try:
+        return decode_all(table.column(column.name), *_layout(column))[0]
+    except SpecError as error:
+        raise SpecError([f"column '{column.name}': {fault}" for fault in error.faults]) from None
+
+
+def _from_text(value: str, column: Column) -> Any:
+    """What a text in JSON stands for; as it is where the column has no such."""
+    if column.kind == "text" and column.categories:
+        return _window(value, column)
+    return _picture(value, column) if len(column.shape) == 3 else value
+
+
+def _window(text: str, column: Column) -> FloatArray:
+    """The end of a text as tokens, (context,)."""
+    tokens = encode(text, column.categories)
+    if not len(tokens):
+        raise SpecError(f"{column.name}: is empty")
+    return prompt_window(tokens, column.shape[0])
+
+
+def _picture(text: str, column: Column) -> NDArray[Any]:
+    """A PNG or JPEG in base64, as JSON has it."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise SpecError(f"{column.name}: expected numbers, or a PNG or JPEG in base64") from None
+    try:
+        return decode(data, *_layout(column))
+    except SpecError as error:
+        raise type(error)(f"{column.name}: {error}") from None
+
+
+def _layout(column: Column) -> tuple[tuple[int, int], Literal[1, 3]]:
+    """Height and width, and channels."""
+    channels, height, width = column.shape
+    return (height, width), 1 if channels == 1 else 3
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes, such as those of pictures."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def holds_text(values: list[Any]) -> bool:
@@ -167,7 +310,16 @@ def _column_values(table: pa.Table, name: str) -> list[Any]:
     kind = table.schema.field(name).type
     if isinstance(kind, pa.FixedShapeTensorType):
         return column_to_numpy(table, name).tolist()  # type: ignore[no-any-return]
-    return table.column(name).to_pylist()  # type: ignore[no-any-return]
+    return [_for_json(value) for value in plain_values(table.column(name)).to_pylist()]
+
+
+def _for_json(value: Any) -> Any:
+    """A value as JSON can hold it, with the same code."""
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    return float(value) if isinstance(value, Decimal) else value
 
 
 def _list_to_numpy(column: pa.Array, name: str) -> NDArray[Any]:

@@ -6,6 +6,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigray.bundle import BundleManifest
 from bigray.results import Ledger
 from bigray.specs import TrialSpec
@@ -79,7 +82,7 @@ class Probe:
         return self.stacked_step_s is not None and self.stacked_step_s < 0.9 * self.alone_step_s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExportBundle:
     """Write the best weights of a trial as a bundle."""
 
@@ -89,6 +92,8 @@ class ExportBundle:
     """As for `TrainTo`."""
     holdout: bytes | None = field(default=None, repr=False)
     """The sealed rows as they go into the bundle: workers have no others of them."""
+    golden_rows: NDArray[np.float32] | None = field(default=None, repr=False)
+    """Codes of the rows that become the golden questions."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,8 @@ class Event:
     kind: str
     """From workers: resumed, epoch, checkpoint, warning, exploited, latency. From the switchboard: started, lost,
     regrouped, hang, recycled. From who drives them: state, failed, retried, bundle. From a sweep: sweep, proposed,
-    promoted, probe, leg, rested, budget, finalists, extended. From `bigray verify`: killed, held. To the listener only:
-    starting, resuming, complete, groups, exporting, ranked."""
+    promoted, probe, leg, rested, budget, finalists, extended. From training with folds: cross_validated, proposed. From
+    `bigray verify`: killed, held. To the listener only: starting, resuming, complete, groups, exporting, ranked."""
     trial_id: str
     values: dict[str, Any] = field(default_factory=dict)
 

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from bigray.bundle import GOLDEN_ROWS, BundleManifest, Golden, ModelCard, OutputSchema, save_bundle
-from bigray.data.dataset import Targets
+from bigray.data.targets import Targets
 from bigray.errors import StorageError
+from bigray.inference import row_outputs
 from bigray.models import build_model
 from bigray.paths import BUNDLE, RunPaths
 from bigray.specs import TrialSpec
@@ -38,15 +39,17 @@ def export_bundle(
     manifest: BundleManifest,
     sample: NDArray[np.float32],
     *,
+    golden_rows: NDArray[np.float32] | None = None,
     targets: Targets | None = None,
     holdout: bytes | None = None,
     on_progress: Callable[[], object] = lambda: None,
 ) -> Exported:
     """Write `bundle/` from the trial's best weights.
 
-    `sample` holds the standardised validation rows (rows, *input_shape): on the first the ONNX export must agree with
-    the module, some become the golden answers, and with `targets` all are counted in the confusion matrix. `holdout`
-    goes in as it is. `on_progress` is called between forward passes.
+    `sample` holds the validation rows as the model sees them (rows, *model_input_shape): on the first the ONNX export
+    must agree with the module, and with `targets` all are counted in the confusion matrix. `golden_rows` are codes
+    (rows, *input_shape), to which the module's answers are kept. `holdout` goes in as it is. `on_progress` is called
+    between forward passes.
     """
     checkpoint = load_checkpoint(paths, trial, warn=logging.getLogger(__name__).warning)
     if checkpoint is None:
@@ -58,11 +61,11 @@ def export_bundle(
         )
     weights = dict(JoinedTensors(checkpoint.files, checkpoint.best_file(), checkpoint.place))
     module = build_model(
-        trial.model.factory, trial.model.params, manifest.inputs.input_shape, manifest.outputs.num_outputs
+        trial.model.factory, trial.model.params, manifest.model_input_shape, manifest.outputs.num_outputs
     )
     module.load_state_dict(weights)
     onnx, why_no_onnx = _export_onnx(module.eval(), sample[:CHECKED_ROWS])
-    golden = _ask_golden(module, sample, manifest)
+    golden = _ask_golden(module, golden_rows, manifest) if golden_rows is not None else None
     card = (manifest.card or ModelCard()).model_copy(
         update={"num_parameters": sum(parameter.numel() for parameter in module.parameters())}
     )
@@ -73,20 +76,16 @@ def export_bundle(
     return Exported(paths.bundle.uri, why_no_onnx)
 
 
-def _ask_golden(module: torch.nn.Module, sample: NDArray[np.float32], manifest: BundleManifest) -> Golden | None:
-    """Rows as a caller would send them, and the module's answers; None where it has none that could be served.
-
-    Standardising cannot be undone to the last bit, so the rows are near those of the data and no copy of them. What is
-    exact is that the answers are those to the rows as a replica standardises them.
-    """
-    chosen = np.linspace(0, len(sample) - 1, min(GOLDEN_ROWS, len(sample)), dtype=np.int64)
-    raw = manifest.preprocessing.undo(sample[chosen])
+def _ask_golden(module: torch.nn.Module, rows: NDArray[np.float32], manifest: BundleManifest) -> Golden | None:
+    """Codes as they are of a caller's rows, and the module's answers; None where it has none that could be served."""
+    chosen = rows[:GOLDEN_ROWS]
     try:
-        outputs = _forward(module, manifest.preprocessing.apply(raw)).reshape(len(raw), -1)
+        answers = _forward(module, manifest.preprocessing.apply(chosen))
+        outputs = row_outputs(answers, chosen, manifest.outputs)
     except Exception:  # say, operators for a GPU alone: the weights are worth keeping, and the ONNX export told why
         return None
     # a task of one's own may make answers of fewer outputs, or more, than there are classes: an endpoint does not
-    return Golden(raw, outputs) if outputs.shape[1] == manifest.outputs.num_outputs else None
+    return Golden(chosen, outputs) if outputs.shape[1] == manifest.outputs.num_outputs else None
 
 
 def _is_readable(outputs: OutputSchema) -> bool:

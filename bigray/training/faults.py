@@ -211,7 +211,7 @@ class Disturbance:
         self.watch.strike(Kill(rank, member.pid, member.node_ip, step), time.monotonic())
         kill_process(member, here_node_id)
 
-    def _hold(self, switchboard: Any, step: int, training: Future[None]) -> None:
+    def _hold(self, switchboard: Any, step: int, training: Future[list[Event]]) -> None:
         """As SIGTERM does it: the group commits a checkpoint and stops. Returns where the trial was over before."""
         self.num_workers = len(ask(switchboard.members.remote(GROUP))) or self.num_workers
         if not ask(switchboard.hold_all.remote(HOLD_TIMEOUT_S)) and wait([training], ENDING_S).done:

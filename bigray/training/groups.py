@@ -12,7 +12,7 @@ import itertools
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bigray.cluster.capacity import connected_capacity
 from bigray.data.dataset import Dataset
+from bigray.data.folds import Fold
 from bigray.errors import Preempted, last_line
 from bigray.paths import RunPaths
 from bigray.specs import ScalingSpec
@@ -80,11 +81,11 @@ def preload() -> threading.Thread:
 
 @contextlib.contextmanager
 def open_groups(
-    count: int, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int
+    count: int, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int, folds: Iterable[Fold] = ()
 ) -> Iterator[WorkerGroups]:
     """Hold `count` groups for the length of a `with` block (driver). They start in the background.
 
-    The training arrays go into the object store once. On Ctrl-C or SIGTERM, call `hold_all` before the block is left.
+    The training arrays, also those of each fold, go into the object store once. On Ctrl-C or SIGTERM, call `hold_all` before the block is left.
     """
     # no CPU of its own: the groups' workers may hold every CPU there is; on the driver's node, whose end ends the run
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -94,6 +95,7 @@ def open_groups(
         group=NO_GROUP,
         switchboard=switchboard,
         data=ray.put(dataset.arrays),
+        folds=tuple(ray.put(fold.arrays()) for fold in folds),
         num_outputs=dataset.outputs.num_outputs,
         paths=paths,
         attempt=attempt,

@@ -84,9 +84,9 @@ class Housekeeping:
                         self._ended.add(trial_id)
 
     def _is_needed(self, trial_id: str) -> bool:
-        """A finalist's seed, which is not judged by its own metric alone; a member of a population, whose weights
-        another may be about to take over."""
-        return self._is_population or any(trial_id.startswith(f"{finalist}-seed") for finalist in self._finalists)
+        """A finalist's seed or fold, which is not judged by its own metric alone; a member of a population, whose
+        weights another may be about to take over."""
+        return self._is_population or any(trial_id.startswith(f"{finalist}-") for finalist in self._finalists)
 
     def _trim(self, ended: list[TrialResult]) -> None:
         training = next(iter(self._trials.values())).training

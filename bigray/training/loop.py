@@ -34,6 +34,7 @@ from bigray.data.dataset import TrainingArrays
 from bigray.errors import OutOfMemory
 from bigray.specs import TrialSpec
 from bigray.training import fsdp
+from bigray.training.augmentation import Augmentation
 from bigray.training.batchnorm import uncounted_rows
 from bigray.training.best_epoch import validated
 from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict, weights_sha256
@@ -44,7 +45,7 @@ from bigray.training.out_of_memory import is_out_of_memory
 from bigray.training.replica import Replica, seed_generator
 from bigray.training.samples import Counts, SampleLedger, lost_and_repeated
 from bigray.training.sharded import Shard
-from bigray.training.tasks import load_task, sample_losses, total_weight
+from bigray.training.tasks import load_task, output_shape, sample_losses, total_weight
 from bigray.training.validation import Validation
 
 _TIMED_ROWS = 50
@@ -102,6 +103,7 @@ class TrialTraining:
         self._num_rows, self._num_outputs = len(data.x_train), num_outputs
         self._steps_per_epoch = steps_per_epoch(self._num_rows, spec.batch_size)
         self._task = load_task(spec, num_outputs, data.y_train)
+        self._augment = Augmentation(spec.augment, data.x_train)
         self._validation = Validation(self._task, num_outputs, data, worker.device)
         self._is_resting = False
         """An end of this call was wished for at the end of the epoch."""
@@ -109,8 +111,9 @@ class TrialTraining:
 
     def _begin(self) -> None:
         """A trial that has taken no step."""
+        shape = output_shape(self._task, self._num_outputs, self.data.y_train)
         self._replica = Replica(
-            self.trial, self.data.x_train.shape[1:], self._num_outputs, self._weights_seed, self.worker
+            self.trial, self.data.x_train.shape[1:], self._num_outputs, self._weights_seed, self.worker, shape
         )
         self._record, self._batch, self._step = Progress(), 0, 0
         self.best_weights: StateDict | None = None
@@ -162,6 +165,8 @@ class TrialTraining:
         """
         self._replica.connect()
         self._is_resting = False
+        if self.worker.rank == 0 and self._step == 0 and self._replica.misfits is not None:
+            self.hooks.warn(self._replica.misfits)
         while self._record.ended is None and self._record.epoch < until_epoch and not self._is_resting:
             self.hooks.tick("data")
             if not self._train_epoch():
@@ -251,16 +256,16 @@ class TrialTraining:
         self.hooks.tick("data")
         seed_generator(self.worker.device, step_seed(self._steps_seed, self._record.epoch, batch, part, micro))
         with self._naming_the_rows():
-            x, y = self._load(self.data.x_train, rows), self._load(self.data.y_train, rows)
+            passed = self._augment(self._load(self.data.x_train, rows), self._load(self.data.y_train, rows))
         self.hooks.tick("forward")
 
         def compute_losses(outputs: torch.Tensor) -> torch.Tensor:
-            losses = sample_losses(self._task, outputs, y)
+            losses = passed.losses(lambda y: sample_losses(self._task, outputs, y))
             self.hooks.tick("backward")
             return losses
 
         with self._naming_the_rows():
-            return self._replica.forward_and_backward(x, compute_losses, scale)
+            return self._replica.forward_and_backward(passed.x, compute_losses, scale)
 
     @contextlib.contextmanager
     def _naming_the_rows(self) -> Iterator[None]:
@@ -487,4 +492,4 @@ class TrialTraining:
         return tensor.pin_memory().to(self.worker.device, non_blocking=True)
 
 
-_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.int64): torch.int64}
+_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.int64): torch.int64, np.dtype(np.int8): torch.int8}

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigray.errors import StorageError, TrainingFailed, last_line
 from bigray.models import build_model
+from bigray.models.transfer import start_from
 from bigray.specs import TrialSpec
 from bigray.training import fsdp
 from bigray.training.averaging import AveragedGradients, fit_in_one_message
@@ -60,13 +61,26 @@ class Replica:
     """Set while connected, where the trial is exact."""
 
     def __init__(
-        self, trial: TrialSpec, input_shape: tuple[int, ...], num_outputs: int, seed: int, worker: Worker
+        self,
+        trial: TrialSpec,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        seed: int,
+        worker: Worker,
+        output_shape: tuple[int, ...] | None = None,
     ) -> None:
-        """With fsdp this is collective; otherwise `connect` is the first call that other ranks take part in."""
-        self._trial, self._spec, self._num_outputs, self._worker = trial, trial.training, num_outputs, worker
+        """With fsdp this is collective; otherwise `connect` is the first call that other ranks take part in.
+
+        `output_shape` is what the model has to return for a row; default: (num_outputs,).
+        """
+        self._trial, self._spec, self._worker = trial, trial.training, worker
+        self._output_shape = (num_outputs,) if output_shape is None else output_shape
         self.is_sharded = self._spec.strategy == "fsdp"
         seed_generator(worker.device, seed)
         module = build_model(trial.model.factory, trial.model.params, input_shape, num_outputs)
+        # a trial that goes on takes its checkpoint's weights after this
+        self.misfits = start_from(module, trial.model)
+        """A line about what of the file of weights does not fit, where something does not."""
         if not self.is_sharded:
             module = module.to(worker.device)
         if self._spec.sync_batchnorm:
@@ -133,7 +147,7 @@ class Replica:
             yield
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, num_outputs) without gradients, in `evaluating`. Not compiled: it would be compiled once more."""
+        """(rows, *output_shape) without gradients, in `evaluating`. Not compiled: it would be compiled once more."""
         return self._forward(self.module, x)
 
     def forward_and_backward(
@@ -290,10 +304,10 @@ class Replica:
     def _forward(self, network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         with self._autocast():
             outputs: torch.Tensor = network(x)
-        if outputs.shape != (len(x), self._num_outputs):
+        if outputs.shape != (len(x), *self._output_shape):
             raise TrainingFailed(
                 f"model '{self._trial.model_name}': returned shape {tuple(outputs.shape)} for {len(x)} rows, "
-                f"expected {(len(x), self._num_outputs)}"
+                f"expected {(len(x), *self._output_shape)}"
             )
         return outputs
 

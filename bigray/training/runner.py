@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from bigray.cross_validation import cross_validate, trials_of_folds
 from bigray.errors import GroupLost, OutOfMemory, TrainingFailed
-from bigray.results import Leaderboard
+from bigray.ranking import trial_results
+from bigray.results import CrossValidation, Leaderboard
 from bigray.specs import JobSpec, TrialSpec
 from bigray.training.commands import Event, TrainTo, TrialState
 from bigray.training.groups import WorkerGroups
@@ -23,6 +25,9 @@ def train(
 ) -> Leaderboard:
     """Train each model of the job on a worker group and export the best; the same call again resumes.
 
+    With `data.k_folds` each is trained once for every fold; the one with the best mean is then trained on the usual
+    split, and that trial is exported.
+
     Raises:
         SpecError: the data or a batch size does not suit the job.
         CapacityError: the cluster cannot hold one worker group.
@@ -35,35 +40,64 @@ def train_request(
     request: RunRequest, *, address: str | None = None, listener: Listener | None = None, new: bool = False
 ) -> Leaderboard:
     """`train` for a request whose data has been prepared already."""
-
-    def drive(run: LiveRun) -> None:
-        drive_trials(run.groups, run.request.trials)
-
     return run_trials(request, drive, listener or silent, address=address, new=new)
 
 
+def drive(run: LiveRun) -> None:
+    """Each trial once; after the folds, the model with the best mean once more, on the usual split."""
+    told = drive_trials(run.groups, run.request.trials)
+    best = best_over_folds(run.request, told) if run.request.folds else None
+    if best is not None:
+        final = _usual_trial(run.request.job, best.model_name)
+        proposed = Event("proposed", "", {"trials": [final.model_dump(mode="json")]})
+        run.tell([Event("cross_validated", "", asdict(best)), proposed])
+        drive_trials(run.groups, [final])
+
+
 def training_trials(job: JobSpec) -> tuple[TrialSpec, ...]:
-    """One trial for each model, in the order of the file."""
-    return tuple(
-        TrialSpec(trial_id=name, model_name=name, model=model, training=job.training, seed=job.seed)
-        for name, model in job.models.items()
-    )
+    """One trial for each model, in the order of the file; with `data.k_folds` one for each of its folds.
+
+    Raises:
+        SpecError: a model is called what a fold of another is.
+    """
+    trials = tuple(_usual_trial(job, name) for name in job.models)
+    return trials if job.data.k_folds is None else trials_of_folds(trials, job.data.k_folds)
 
 
-def drive_trials(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> None:
-    """Each trial once, on whichever group is free; tells of each as it ends."""
+def _usual_trial(job: JobSpec, model_name: str) -> TrialSpec:
+    """Of a model on the usual split."""
+    model = job.models[model_name]
+    return TrialSpec(trial_id=model_name, model_name=model_name, model=model, training=job.training, seed=job.seed)
+
+
+def best_over_folds(request: RunRequest, told: Iterable[Event]) -> CrossValidation | None:
+    """The model with the best mean over its folds, which goes on to the usual split; None where no fold has a value.
+
+    `told`: what was told of the folds' trials in this attempt, which is of every one of them.
+    """
+    events = [{"kind": event.kind, "trial": event.trial_id, **event.values} for event in told]
+    training = request.job.training
+    results = trial_results(request.trials, events)
+    found = cross_validate(results, len(request.folds), training.selection_metric, training.selection_mode)
+    return found[0] if found and found[0].values else None
+
+
+def drive_trials(groups: WorkerGroups, trials: Sequence[TrialSpec]) -> list[Event]:
+    """Each trial once, on whichever group is free; tells of each as it ends, and returns what it told."""
     pool = ThreadPoolExecutor(groups.count, thread_name_prefix="trial")
     try:
-        for done in [pool.submit(_train_one, groups.switchboard, trial) for trial in trials]:
-            done.result()
+        under_way = [pool.submit(_train_one, groups.switchboard, trial) for trial in trials]
+        return [event for done in under_way for event in done.result()]
     finally:
         # without waiting: after Ctrl-C the threads are inside calls that end only with their groups
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _train_one(switchboard: Any, trial: TrialSpec) -> None:
+def _train_one(switchboard: Any, trial: TrialSpec) -> list[Event]:
     """Train one trial on whichever group is free (a driver thread)."""
-    ask(switchboard.push_all.remote(train_alone(switchboard, trial.trial_id, TrainTo(trial, trial.training.epochs))[1]))
+    _, events = train_alone(switchboard, trial.trial_id, TrainTo(trial, trial.training.epochs))
+    ask(switchboard.push_all.remote(events))
+    return events
 
 
 def train_alone(

@@ -23,6 +23,7 @@ from bigray.bundle import BundleManifest, FactorySpec, ModelCard, Origin, is_out
 from bigray.cluster.capacity import Capacity, connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, ServeNeeds, make_plan
+from bigray.cross_validation import cross_validate
 from bigray.errors import TrainingFailed
 from bigray.journal import Journal, read_journal
 from bigray.paths import RUN_FILE, RunPaths
@@ -107,13 +108,13 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     earlier = list(read_journal(paths))
     journal = Journal.open(paths)
     # of a plain training, every model is wanted; of a sweep, the best
-    keep_best = job.training.keep.best if request.search is not None else len(request.trials)
+    keep_best = job.training.keep.best if request.search is not None else request.num_trials
     is_population = request.search is not None and request.search["scheduler"] == "pbt"
     trials = known_trials(request, earlier)
     housekeeping = Housekeeping(paths, trials, journal.attempt, keep_best, earlier, is_population=is_population)
     journal.append("attempt", plan=plan.to_json())
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
-    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt) as groups:
+    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt, request.folds) as groups:
         with _event_stream(groups, journal, housekeeping, listener) as is_unheard:
             drive(LiveRun(request, groups, paths, earlier, is_unheard))
         events = list(read_journal(paths))
@@ -141,7 +142,7 @@ def plan_for(request: RunRequest, capacity: Capacity, serve: ServeNeeds | None =
         request.dataset.num_rows,
         capacity,
         serve,
-        data_bytes=request.dataset.arrays.nbytes,
+        data_bytes=request.data_bytes,
         trial_actor_bytes=LEG_ACTOR_BYTES if request.search is not None else 0,
     )
 
@@ -260,6 +261,7 @@ def make_board(
         bundle=paths.bundle,
         wall_s=wall_s,
         finalists=judge(results, events) if judge is not None else (),
+        cross_validation=cross_validate(results, len(request.folds), metric, mode) if request.search is None else (),
         slots=slots(events),
         training_wall_s=training_wall_s(events),
     )
@@ -269,7 +271,7 @@ def _winner(
     request: RunRequest, paths: RunPaths, events: Sequence[Mapping[str, Any]], judge: Judge | None
 ) -> TrialResult:
     board = make_board(request, paths, events, 0.0, judge)
-    if not board.trials or board.metric not in board.winner.metrics:
+    if not board.trials or board.metric not in board.winner.metrics or board.winner.fold is not None:
         raise TrainingFailed(f"{paths.run_id}: no trial reached a value of {board.metric}: {_why_none(board, events)}")
     return board.winner
 
@@ -297,7 +299,7 @@ def _export(
     trial = next(trial for trial in known_trials(request, events) if trial.trial_id == winner.trial_id)
     manifest = _manifest(request, paths, trial, winner)
     holdout = pack_holdout(request.dataset.holdout, request.job.data.split.seed)
-    command = ExportBundle(trial, manifest, stack_of(trial.trial_id, events), holdout)
+    command = ExportBundle(trial, manifest, stack_of(trial.trial_id, events), holdout, request.dataset.golden_rows)
     _, _, exported = ask(groups.switchboard.work.remote("export", command))
     ask(groups.switchboard.push.remote(Event("bundle", trial.trial_id, {"uri": exported.uri})))
 
@@ -349,13 +351,14 @@ def _manifest(request: RunRequest, paths: RunPaths, trial: TrialSpec, winner: Tr
 def _run_document(request: RunRequest, paths: RunPaths) -> dict[str, Any]:
     return {
         "run": paths.run_id,
-        "job": request.job.model_dump(mode="json"),
+        "job": (request.asked or request.job).model_dump(mode="json"),
         "search": request.search,
         "trials": [trial.model_dump(mode="json") for trial in request.drawn_trials],
         "seeds": _seeds(request),
         "data": {
             "fingerprint": request.dataset.fingerprint,
             "rows": request.dataset.num_rows,
+            "folds": [{"train": len(fold.train), "validation": len(fold.validation)} for fold in request.folds],
             "inputs": request.dataset.inputs.model_dump(mode="json"),
             "outputs": request.dataset.outputs.model_dump(mode="json"),
         },

@@ -17,7 +17,7 @@ class GroupSetup:
     switchboard: Any
     """Actor handle of `Switchboard`."""
     data: Any
-    """Object reference of `TrainingArrays`; every worker of a node maps the one copy."""
+    """Object reference of `TrainingArrays` of the usual split; every worker of a node maps the one copy."""
     num_outputs: int
     paths: RunPaths
     attempt: int
@@ -25,3 +25,5 @@ class GroupSetup:
     isolate: bool = False
     """`scaling.isolate`; as `max_rss_gb`."""
     max_rss_gb: float | None = None
+    folds: tuple[Any, ...] = ()
+    """As `data`, of each fold of `data.k_folds`."""

@@ -34,6 +34,8 @@ def why_not_stacked(
     """What keeps the trial from being stacked, or None. Builds the module and tries one tiny step of it."""
     if (reason := next(_settings_against(trial.training), None)) is not None:
         return reason
+    if trial.model.weights is not None or trial.model.freeze:
+        return "weights and freeze are of models trained alone"
     seed_generator(device, trial.seed)
     try:
         module = build_model(trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs).to(device)
@@ -58,7 +60,9 @@ def _free_bytes(device: torch.device) -> int:
 
 def _settings_against(spec: TrainingSpec) -> Iterator[str]:
     flags = {
+        f"task = '{spec.task}'": spec.target_kind == "language",
         "loop": spec.loop is not None,
+        "augment": spec.augment is not None,
         "exact": spec.exact,
         "strategy = 'fsdp'": spec.strategy == "fsdp",
         "compile": spec.compile,

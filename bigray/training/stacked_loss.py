@@ -12,6 +12,9 @@ from torch.func import vmap
 from bigray.specs import TrainingSpec
 from bigray.training.tasks import Task, balanced_weights
 
+_BROADCAST = ("regression", "binary", "multilabel")
+"""Tasks whose losses take the lanes as one more axis before the rows: that is faster than `vmap`."""
+
 
 class StackedLoss(Protocol):
     """Of outputs (lanes, rows, outputs) against the targets of the rows, which all lanes share."""
@@ -33,8 +36,8 @@ def validation_losses(spec: TrainingSpec, task: Task, outputs: torch.Tensor, y: 
     if spec.task == "classification":
         # cross_entropy takes the classes before the rows too: over a last axis of few classes torch's softmax is slow
         losses: torch.Tensor = loss(outputs.transpose(1, 2), y.expand(len(outputs), -1))
-    elif spec.task == "regression":
-        losses = loss(outputs, y.expand(len(outputs), -1))
+    elif spec.task in _BROADCAST:
+        losses = loss(outputs, y.expand(len(outputs), *y.shape))
     else:
         losses = vmap(loss, in_dims=(0, None))(outputs, y)
     return losses
@@ -44,20 +47,20 @@ class _TaskLoss:
     """A task's own losses, differentiated by torch."""
 
     def __init__(self, spec: TrainingSpec, task: Task) -> None:
-        self._loss, self._is_mapped = task.loss, spec.task != "regression"
+        self._loss, self._is_mapped = task.loss, spec.task not in _BROADCAST
 
     def gradient(self, outputs: torch.Tensor, y: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = outputs.detach().float().requires_grad_()
         if self._is_mapped:
             losses = vmap(self._loss, in_dims=(0, None))(leaf, y)
         else:
-            losses = self._loss(leaf, y.expand(len(leaf), -1))
+            losses = self._loss(leaf, y.expand(len(leaf), *y.shape))
         (found,) = torch.autograd.grad(losses, leaf, losses.new_full((), scale).expand_as(losses))
         return losses.detach().sum(dim=1), found.to(outputs.dtype)
 
 
 class _CrossEntropy:
-    """The loss of `tasks.Classification` in closed form.
+    """The loss of `built_in_tasks.Classification` in closed form.
 
     With the weights t of a row's classes it is -sum(t log p), and its gradient p sum(t) - t. Classes come before rows,
     so that everything is vectorised over the rows; torch's own loss and its backward pass take three times as long.

@@ -1,4 +1,4 @@
-"""What a task minimises and reports: classification, regression, or `task = "package.module:Task"` (worker).
+"""What a task minimises and reports: one of `built_in_tasks`, or `task = "package.module:Task"` (worker).
 
 A task of one's own is called with the number of outputs of the model and has three methods, those of `Task`:
 
@@ -8,15 +8,16 @@ A task of one's own is called with the number of outputs of the model and has th
         def metrics(self, num_outputs): ...      # {"val_f1": torchmetrics metric, ...}
         def predict(self, outputs): ...          # what the metrics compare with the targets
 
-It may have two more. `validation_loss(outputs, targets)`, (rows,), is reported as val_loss in the place of `loss`.
+It may have more. `validation_loss(outputs, targets)`, (rows,), is reported as val_loss in the place of `loss`.
 `total_weight(targets)` takes an array and returns the number by which the summed losses of those samples are divided,
-in the place of their count: for a loss that weights them.
+in the place of their count: for a loss that weights them. `output_shape(num_outputs, target_shape)` is what the model
+returns for one row, where that is not (num_outputs,). `metrics_of_loss(val_loss)` gives more metrics, by name.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,17 +26,26 @@ from numpy.typing import NDArray
 from bigray.errors import SpecError, TrainingFailed
 from bigray.models.resolve import load_factory
 from bigray.specs import METRICS, TrainingSpec
+from bigray.training.built_in_tasks import Binary, Classification, Language, Multilabel, Regression
 
 if TYPE_CHECKING:
     import torch
     import torchmetrics
 
 METHODS = ("loss", "metrics", "predict")
-_NO_SYNC: dict[str, Any] = {"sync_on_compute": False}
+_WITHOUT_SETTINGS: dict[str, Callable[[], Task]] = {
+    "regression": Regression,
+    "multilabel": Multilabel,
+    "language": Language,
+}
 
 
 class Task(Protocol):
-    """What the training loop asks of a task. `outputs` is (rows, num_outputs) in float32, `targets` is (rows,)."""
+    """What the training loop asks of a task.
+
+    `outputs` is (rows, *output_shape) in float32, as a rule (rows, num_outputs); `targets` is as `encode_targets` made
+    them, as a rule (rows,).
+    """
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(rows,) losses to minimise, one for each sample."""
@@ -53,82 +63,6 @@ class Task(Protocol):
         ...
 
 
-class Classification:
-    """Cross-entropy of logits (rows, classes) against class indices.
-
-    With `class_weights` (one for each class) a batch's loss is divided by the weights of its samples, as torch does.
-    """
-
-    def __init__(self, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
-        self._label_smoothing = label_smoothing
-        self._class_weights = None if class_weights is None else np.asarray(class_weights, dtype=np.float32)
-        self._weights_on_device: torch.Tensor | None = None
-
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        from torch.nn import functional
-
-        return functional.cross_entropy(
-            outputs.float(),
-            targets,
-            weight=self._weights_beside(outputs),
-            reduction="none",
-            label_smoothing=self._label_smoothing,
-        )
-
-    def validation_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Without smoothing and weights, so that trials that differ in them can be compared."""
-        from torch.nn import functional
-
-        return functional.cross_entropy(outputs.float(), targets, reduction="none")
-
-    def total_weight(self, targets: NDArray[np.int64]) -> float:
-        if self._class_weights is None:
-            return float(len(targets))
-        return float(self._class_weights[targets].sum(dtype=np.float64))
-
-    def metrics(self, num_outputs: int) -> dict[str, torchmetrics.Metric]:
-        from torchmetrics import classification
-
-        return {
-            "val_accuracy": classification.MulticlassAccuracy(num_outputs, average="micro", **_NO_SYNC),
-            "val_macro_recall": classification.MulticlassRecall(num_outputs, average="macro", **_NO_SYNC),
-            "val_macro_f1": classification.MulticlassF1Score(num_outputs, average="macro", **_NO_SYNC),
-        }
-
-    def predict(self, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs.argmax(dim=1)
-
-    def _weights_beside(self, outputs: torch.Tensor) -> torch.Tensor | None:
-        import torch
-
-        if self._class_weights is None:
-            return None
-        if self._weights_on_device is None or self._weights_on_device.device != outputs.device:
-            self._weights_on_device = torch.from_numpy(self._class_weights).to(outputs.device)
-        return self._weights_on_device
-
-
-class Regression:
-    """Squared error of outputs (rows, 1) against numbers."""
-
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        from torch.nn import functional
-
-        return functional.mse_loss(self.predict(outputs), targets, reduction="none")
-
-    def metrics(self, num_outputs: int) -> dict[str, torchmetrics.Metric]:
-        from torchmetrics import regression
-
-        return {
-            "val_mse": regression.MeanSquaredError(**_NO_SYNC),
-            "val_mae": regression.MeanAbsoluteError(**_NO_SYNC),
-            "val_r2": regression.R2Score(**_NO_SYNC),
-        }
-
-    def predict(self, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs.float().squeeze(-1)
-
-
 def load_task(spec: TrainingSpec, num_outputs: int, y_train: NDArray[Any]) -> Task:
     """The job's task; `y_train` gives the counts for `class_weights = "balanced"`.
 
@@ -139,12 +73,12 @@ def load_task(spec: TrainingSpec, num_outputs: int, y_train: NDArray[Any]) -> Ta
         raise SpecError(faults)
     if spec.task not in METRICS:
         return load_own_task(spec.task, num_outputs)
-    if spec.task == "regression":
-        return Regression()
-    weights = spec.class_weights
+    if spec.task in _WITHOUT_SETTINGS:
+        return _WITHOUT_SETTINGS[spec.task]()
+    weights, make = spec.class_weights, Binary if spec.task == "binary" else Classification
     if weights == "balanced":
-        return Classification(spec.label_smoothing, balanced_weights(y_train, num_outputs).tolist())
-    return Classification(spec.label_smoothing, None if weights == "none" else weights)
+        return make(spec.label_smoothing, balanced_weights(y_train, _num_classes(spec, num_outputs)).tolist())
+    return make(spec.label_smoothing, None if weights == "none" else weights)
 
 
 def load_own_task(path: str, num_outputs: int) -> Task:
@@ -166,9 +100,14 @@ def class_weight_faults(spec: TrainingSpec, num_outputs: int) -> list[str]:
     given = [name for name, off in (("label_smoothing", 0.0), ("class_weights", "none")) if getattr(spec, name) != off]
     if own_loss and given:
         return [f"training.{name}: '{spec.task}' has a loss of its own; remove it" for name in given]
-    if isinstance(spec.class_weights, tuple) and len(spec.class_weights) != num_outputs:
-        return [f"training.class_weights: {len(spec.class_weights)} weights for {num_outputs} classes"]
+    num_classes = _num_classes(spec, num_outputs)
+    if isinstance(spec.class_weights, tuple) and len(spec.class_weights) != num_classes:
+        return [f"training.class_weights: {len(spec.class_weights)} weights for {num_classes} classes"]
     return []
+
+
+def _num_classes(spec: TrainingSpec, num_outputs: int) -> int:
+    return 2 if spec.target_kind == "binary" else num_outputs
 
 
 def balanced_weights(y_train: NDArray[Any], num_classes: int) -> NDArray[np.float64]:
@@ -180,6 +119,18 @@ def balanced_weights(y_train: NDArray[Any], num_classes: int) -> NDArray[np.floa
     weights = np.zeros(num_classes)
     np.divide(len(y_train), num_classes * counts, out=weights, where=counts > 0)
     return weights
+
+
+def output_shape(task: Task, num_outputs: int, targets: NDArray[Any]) -> tuple[int, ...]:
+    """What the model returns for one row of a job with these targets (rows, ...)."""
+    shape: Callable[[int, tuple[int, ...]], tuple[int, ...]] | None = getattr(task, "output_shape", None)
+    return (num_outputs,) if shape is None else tuple(shape(num_outputs, targets.shape[1:]))
+
+
+def metrics_of_loss(task: Task, val_loss: float) -> dict[str, float]:
+    """Metrics that follow from the loss alone."""
+    compute: Callable[[float], Mapping[str, float]] | None = getattr(task, "metrics_of_loss", None)
+    return {} if compute is None else dict(compute(val_loss))
 
 
 def sample_losses(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,9 @@ class _Process:
     def __init__(self, setup: GroupSetup, member: Member, device: torch.device) -> None:
         self.setup, self.member, self.device = setup, member, device
         self.board = setup.switchboard
-        self.data: TrainingArrays = ray.get(setup.data)
+        self._data: TrainingArrays = ray.get(setup.data)
+        self._fold: tuple[int, TrainingArrays] | None = None
+        """The fold that was trained last, and its rows."""
         self.reporter = Reporter(lambda events: ray.get(self.board.push_all.remote(events)))
         self.live: LiveTrial | None = None
         self.has_trained: frozenset[str] = frozenset()
@@ -145,6 +147,14 @@ class _Process:
         gc.collect()
         gc.freeze()
         self.fresh_rss_bytes = private_rss_bytes()
+
+    def data_of(self, trial: TrialSpec) -> TrainingArrays:
+        """The rows of a trial. Of the folds one is mapped at a time, so that a node may spill the others."""
+        if trial.fold is None:
+            return self._data
+        if self._fold is None or self._fold[0] != trial.fold:
+            self._fold = (trial.fold, ray.get(self.setup.folds[trial.fold]))
+        return self._fold[1]
 
     def take_seat(self, group: int | None) -> tuple[int, Place] | None:
         """Wait for a seat; None where the run is over."""
@@ -435,7 +445,7 @@ class _CommandLoop:
         source = self._source(survivor)
         resolved = self._with_batch_size(trial)  # every rank takes part
         if source is None or survivor is None:
-            training = make_training(resolved, self._process.data, self.setup.num_outputs, self.worker, hooks)
+            training = make_training(resolved, self._process.data_of(trial), self.setup.num_outputs, self.worker, hooks)
         else:
             training = survivor
             training.hooks = hooks
@@ -486,7 +496,7 @@ class _CommandLoop:
 
     def _with_batch_size(self, trial: TrialSpec) -> TrialSpec:
         return resolve_batch_size(
-            trial, self._process.data, self.setup.num_outputs, self.worker, self.setup.paths, self.from_rank_0
+            trial, self._process.data_of(trial), self.setup.num_outputs, self.worker, self.setup.paths, self.from_rank_0
         )
 
     def _source(self, survivor: TrialTraining | LoopTraining | None) -> int | None:
@@ -562,7 +572,8 @@ class _CommandLoop:
 
         numbers, epoch = turn
         hooks.lanes = tuple(trials[number] for number in numbers)
-        training = StackedTraining(hooks.lanes, self._process.data, self.setup.num_outputs, self.worker, hooks)
+        data = self._process.data_of(hooks.lanes[0])  # of one fold: see `stack_key`
+        training = StackedTraining(hooks.lanes, data, self.setup.num_outputs, self.worker, hooks)
         training.restore([at[number] for number in numbers])
         for number in numbers:
             at[number] = None  # what the training holds
@@ -584,7 +595,7 @@ class _CommandLoop:
 
         self._begin_clean(command.trial)
         self.heartbeat.tick("loading")
-        trial, data, outputs = command.trial, self._process.data, self.setup.num_outputs
+        trial, data, outputs = command.trial, self._process.data_of(command.trial), self.setup.num_outputs
         why_not: str | None = self.from_rank_0(
             lambda: why_not_stacked(trial, data, outputs, self.worker.device, command.num_lanes)
         )
@@ -603,7 +614,7 @@ class _CommandLoop:
         self.heartbeat.tick("export")
         if command.stack is not None:
             save_as_own(self.setup, command.stack, command.trial)
-        data = self._process.data
+        data = self._process.data_of(command.trial)
         exported = export_bundle(
             self.setup.paths,
             command.trial,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median, stdev
+from dataclasses import replace
+from statistics import fmean, median
 from typing import Any, Literal
 
+from bigray.cross_validation import fold_trial_id, usual_trial_id
 from bigray.errors import TrainingFailed
+from bigray.intervals import mean_interval
 from bigray.results import Finalist, TrialResult
 from bigray.tuning.space import seed_trial_id
 
 Mode = Literal["max", "min"]
 
-CONFIDENCE = 0.95
 LATENCY_MARGIN = 1.1
 """Latencies closer than this are the same: on a busy machine the median moves by a few per cent."""
 
@@ -21,33 +23,47 @@ LATENCY_MARGIN = 1.1
 def judge_run(
     results: Sequence[TrialResult], events: Sequence[Mapping[str, Any]], metric: str, mode: Mode
 ) -> tuple[Finalist, ...]:
-    """`judge` for a run, from its results and its journal; none before a seed of a finalist has come to a value."""
+    """`judge` for a run, from its results and its journal; none before a seed of a finalist has come to a value.
+
+    With folds, what is judged is each finalist's value on each of them, and one counts only if its trial on the usual
+    split is there to be deployed.
+    """
     told = [event for event in events if event["kind"] == "finalists"]
     if not told:
         return ()
     sound = {one.trial_id: one for one in results if one.status not in ("failed", "diverged")}
     finalists = [sound[name] for name in told[-1]["trials"] if name in sound]
-    values = {one.trial_id: _values_of_seeds(one.trial_id, told[-1]["seeds"], sound, metric) for one in finalists}
+    values = {one.trial_id: _values_again(one.trial_id, told[-1], sound, metric) for one in finalists}
     if not any(values.values()):
         return ()
-    return judge(
+    judged = judge(
         values,
         mode=mode,
         num_parameters={one.trial_id: one.num_parameters for one in finalists},
         model_names={one.trial_id: one.model_name for one in finalists},
         latency_ms=_latencies(values, events),
     )
+    if "folds" not in told[-1]:
+        return judged
+    return tuple(replace(one, best_seed_trial=usual_trial_id(one.trial_id), over="folds") for one in judged)
 
 
-def _values_of_seeds(trial_id: str, seeds: int, sound: Mapping[str, TrialResult], metric: str) -> dict[str, float]:
-    """By the name of the trial of each seed that came to a value."""
-    names = [seed_trial_id(trial_id, number) for number in range(1, seeds + 1)]
+def _values_again(
+    trial_id: str, told: Mapping[str, Any], sound: Mapping[str, TrialResult], metric: str
+) -> dict[str, float]:
+    """By the name of the trial of each seed, or fold, that came to a value. `told`: the event of the finalists."""
+    if "folds" in told:
+        usual = sound.get(usual_trial_id(trial_id))
+        is_whole = usual is not None and math.isfinite(usual.metrics.get(metric, math.nan))
+        names = [fold_trial_id(trial_id, fold) for fold in range(told["folds"])] if is_whole else []
+    else:
+        names = [seed_trial_id(trial_id, number) for number in range(1, told["seeds"] + 1)]
     found = {name: sound[name].metrics.get(metric, math.nan) for name in names if name in sound}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _latencies(seeds: Mapping[str, Iterable[str]], events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Of each finalist, the median over its seeds that were timed."""
+    """Of each finalist, the median over its seeds, or folds, that were timed."""
     timed = {event["trial"]: event["latency_ms"] for event in events if event["kind"] == "latency"}
     of_seeds = {name: [timed[seed] for seed in names if seed in timed] for name, names in seeds.items()}
     return {name: median(found) for name, found in of_seeds.items() if found}
@@ -81,11 +97,11 @@ def judge(
     sign = 1.0 if mode == "max" else -1.0
     able = [trial for trial, values in finite.items() if len(values) >= min(2, most)]
     best = max(able, key=lambda trial: sign * fmean(finite[trial].values()))  # of equals the first
-    around_best = _interval(tuple(finite[best].values()))
+    around_best = mean_interval(tuple(finite[best].values()))
 
     def finalist(trial: str) -> Finalist:
         values = tuple(finite[trial].values())
-        low, high = _interval(values)
+        low, high = mean_interval(values)
         # with one value each nothing is known of how they vary: all are tied
         overlaps = most == 1 or (low <= around_best[1] and around_best[0] <= high)
         return Finalist(
@@ -119,7 +135,7 @@ def why_it_won(finalists: Sequence[Finalist], metric: str, mode: Mode, model_nam
         rival = rivals[0]
         told = f"{name}: {metric} {_shown(winner)} against {_shown(rival)} of {rival.trial_id}"
         if len(rival.values) < 2:
-            return f"{told}, which has too few seeds to win"
+            return f"{told}, which has too few {rival.over} to win"
         return f"{told}; the intervals do not overlap"
     rival = _cheapest(tied, sign, model_names)
     both = f"({_shown(winner)}, {_shown(rival)})"
@@ -168,43 +184,8 @@ def _shown(one: Finalist) -> str:
     """The mean, with as many digits as half the interval's width has meaning."""
     half = (one.high - one.low) / 2
     if len(one.values) < 2:
-        return f"{one.mean:.4g}, one seed"
+        return f"{one.mean:.4g}, one {one.over[:-1]}"
     if half == 0:
         return f"{one.mean:.4g} ± 0"
     digits = max(0, -math.floor(math.log10(half)))
     return f"{one.mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean; of one value that value, which says nothing of how it varies."""
-    if not values:
-        return (math.nan, math.nan)
-    mean = fmean(values)
-    if len(values) == 1:
-        return (mean, mean)
-    half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return (mean - half, mean + half)
-
-
-def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Half the width, in standard errors, of the two-sided interval of Student's t. By bisection, to 1e-9."""
-    low, high = 0.0, 1.0
-    while _t_within(high, degrees) < confidence:
-        high *= 2
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if _t_within(middle, degrees) >= confidence else (middle, high)
-    return high
-
-
-def _t_within(t: float, degrees: int) -> float:
-    """Probability of |T| <= t, by the finite sums of Abramowitz and Stegun (1964), 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    is_odd = degrees % 2 == 1
-    term = cosine if is_odd else 1.0
-    total = 0.0
-    for index in range(2 if is_odd else 1, degrees, 2):  # the term's denominator
-        total += term
-        term *= cosine**2 * index / (index + 1)
-    return (2 / math.pi) * (angle + sine * total) if is_odd else sine * total

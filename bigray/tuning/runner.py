@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from bigray.cluster.plan import LEG_ACTOR_BYTES
@@ -41,8 +42,10 @@ def tune(
     With a budget that is used up the sweep ends at the next report of each trial, with the best so far as the winner;
     the same call with a larger one goes on.
 
+    With `data.k_folds` the finalists are trained on each fold instead of with other seeds.
+
     Raises:
-        SpecError: the data or a batch size does not suit the job.
+        SpecError: the data or a batch size does not suit the job, or it has folds and the search no finalists.
         CapacityError: the cluster cannot hold one worker group.
         TrainingFailed: no trial reached a metric.
     """
@@ -146,6 +149,7 @@ def _make_sweep(run: LiveRun, search: SearchSpec) -> Sweep:
         make_policy(search, mode, request.job.seed),
         slots=slots,
         chapters=tuple(totals),
+        folds=[partial(request.of_fold, fold=fold.number) for fold in request.folds],
         can_stack=request.job.training.loop is None and not request.job.scaling.isolate,
     )
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from bigray.cross_validation import on_usual_split
 from bigray.specs import SearchSpec, TrialSpec
 from bigray.training.commands import Event
 from bigray.training.stack_key import stack_key
@@ -29,6 +30,9 @@ FULL_SHARE = 0.5
 """A stack of promoted trials waits, while new ones can begin, until it is filled by this much."""
 MIN_LANES = 4
 """For fewer trials of a kind, stacking cannot save what the probe costs."""
+
+
+FoldOf = Callable[[TrialSpec], TrialSpec]
 
 
 class _Queue(NamedTuple):
@@ -64,11 +68,13 @@ class Sweep:
         slots: int,
         can_stack: bool,
         chapters: Sequence[int] = (),
+        folds: Sequence[FoldOf] = (),
     ) -> None:
         """`slots`: legs under way at once, at most. `can_stack`: where probes may choose so. `chapters`: trials in all,
-        for each time the sweep was extended when it had ended."""
+        for each time the sweep was extended when it had ended. `folds`: where the data has some, a trial -> the same of
+        each fold; finalists are trained on them instead of with other seeds."""
         self._search, self._mode, self._proposer, self._policy = search, mode, proposer, policy
-        self._slots, self._chapters = slots, deque(chapters)
+        self._slots, self._chapters, self._folds = slots, deque(chapters), tuple(folds)
         self._can_stack = can_stack and search.stack == "auto" and search.scheduler != "pbt"
         self._legs: list[Leg] = []
         self._results: dict[int, LegResult] = {}
@@ -99,7 +105,7 @@ class Sweep:
 
     @property
     def finalists(self) -> tuple[str, ...]:
-        """Ids of the trials that were trained again with several seeds; none before it has come to that."""
+        """Ids of the trials that were trained again with several seeds or on each fold; none before it is so far."""
         return self._finalists or ()
 
     def stop(self) -> None:
@@ -249,17 +255,23 @@ class Sweep:
         return None
 
     def _choose_finalists(self) -> None:
-        """Each of the best once more for every seed, to the end."""
+        """Each of the best once more for every seed, to the end; with folds, for each of them and the usual split."""
         named = [o for o in self._best.values() if math.isfinite(o.value) and o.ended not in ("failed", "diverged")]
         named.sort(key=lambda o: (badness(o.value, self._mode), o.loss, o.trial_id))
         self._finalists = tuple(outcome.trial_id for outcome in named[: self._search.finalists])
         if not self._finalists:
             return
-        self._news.append(Event("finalists", "", {"trials": list(self._finalists), "seeds": self._search.seeds}))
+        over = {"folds": len(self._folds)} if self._folds else {"seeds": self._search.seeds}
+        self._news.append(Event("finalists", "", {"trials": list(self._finalists), **over}))
         everywhere = ToTheEnd()
         for trial_id in self._finalists:
-            for number in range(1, self._search.seeds + 1):
-                self._line_up(everywhere.begin(reseeded(self._seats[trial_id].trial, number)))
+            for trial in self._again(self._seats[trial_id].trial):
+                self._line_up(everywhere.begin(trial))
+
+    def _again(self, finalist: TrialSpec) -> list[TrialSpec]:
+        if self._folds:
+            return [*(of_fold(finalist) for of_fold in self._folds), on_usual_split(finalist)]
+        return [reseeded(finalist, number) for number in range(1, self._search.seeds + 1)]
 
     def _needs_probe(self, key: str) -> bool:
         return self._can_stack and key not in self._choices and len(self._fresh[key]) >= MIN_LANES

@@ -18,16 +18,47 @@ PACKAGE = Path(bigray.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "specs", "storage", "paths", "results", "presets", "termination"}),
-    frozenset({"journal", "bundle", "data", "models", "ranking", "loading", "inference", "comparison"}),
-    frozenset({"cluster"}),
+    frozenset(
+        {
+            "journal",
+            "bundle",
+            "data",
+            "models",
+            "ranking",
+            "intervals",
+            "cross_validation",
+            "loading",
+            "inference",
+            "comparison",
+            "rebuilding",
+            "onnx_export",
+            "explanation",
+            "compression",
+        }
+    ),
+    frozenset({"cluster", "prediction"}),
     frozenset({"training", "progress", "verification"}),
     frozenset({"tuning"}),
-    frozenset({"workflow", "console", "report", "live", "deploy_view", "cli", "__main__"}),
+    frozenset({"workflow", "console", "report", "live", "deploy_view", "explaining", "cli", "__main__"}),
 )
 """A module may import from its own layer and from those above it in this list."""
 
 SERVE_MAY_IMPORT = frozenset(
-    {"errors", "specs", "storage", "presets", "bundle", "data", "models", "loading", "inference", "cluster", "serve"}
+    {
+        "errors",
+        "specs",
+        "storage",
+        "presets",
+        "bundle",
+        "data",
+        "models",
+        "loading",
+        "inference",
+        "rebuilding",
+        "explanation",
+        "cluster",
+        "serve",
+    }
 )
 MAY_PRINT = frozenset({"console", "cluster.submit"})
 

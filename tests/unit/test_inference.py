@@ -2,16 +2,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigray.bundle import FactorySpec, ModelBundle
+from bigray.bundle import FactorySpec, ModelBundle, OutputSchema
 from bigray.data.features import Column
+from bigray.data.text import PADDING
 from bigray.errors import DeployError, SpecError
-from bigray.inference import Predictions, Predictor, check_factory, softmax
+from bigray.inference import Predictions, Predictor, check_factory, interpret, row_outputs, softmax
 from bigray.serve.sample import write_sample_bundle
+from bigray.specs import BuiltInTask
 
 COLUMNS = (Column(name="width"), Column(name="height"))
 ROWS = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
@@ -127,3 +130,79 @@ def test_with_an_onnx_model_no_factory_needs_to_be_allowed(bundle: ModelBundle) 
 def test_an_allowed_factory_that_is_not_installed_is_told(bundle: ModelBundle) -> None:
     with pytest.raises(SpecError, match="cannot import 'no_such_package'"):
         Predictor(_with_factory(bundle, "no_such_package:make"), allow_factories=["*"])
+
+
+LOGITS = np.array([[-1.0, 3.0], [0.2, -200.0], [0.0, 100.0]], np.float32)
+
+
+def test_a_binary_answer_is_the_positive_class_from_the_threshold_on() -> None:
+    schema = OutputSchema(task="binary", num_outputs=1, target="y", class_names=("no", "yes"))
+    answers = interpret(LOGITS[:, :1], schema)
+    careful = interpret(LOGITS[:, :1], schema.model_copy(update={"threshold": 0.52}))
+
+    assert answers.labels == ["no", "yes", "yes"]
+    assert careful.labels == ["no", "yes", "no"]
+    assert answers.probabilities is not None
+    np.testing.assert_allclose(answers.probabilities[:, 1], 1 / (1 + np.exp(-LOGITS[:, 0])), rtol=1e-6)
+    np.testing.assert_allclose(answers.probabilities.sum(axis=1), 1, rtol=1e-6)
+
+
+def test_a_row_has_each_label_from_its_threshold_on() -> None:
+    schema = OutputSchema(task="multilabel", num_outputs=2, target="y", class_names=("sea", "sun"))
+    strict = schema.model_copy(update={"thresholds": (0.6, 0.99)})
+
+    assert interpret(LOGITS, schema).labels == [["sun"], ["sea"], ["sea", "sun"]]
+    assert interpret(LOGITS, strict).labels == [[], [], ["sun"]]
+    assert interpret(LOGITS, strict).to_records()[2]["label"] == ["sun"]
+
+
+def test_a_language_is_answered_by_what_follows_the_last_token_of_each_window() -> None:
+    outputs = np.zeros((2, 3, 4), np.float32)
+    outputs[0, 2, 3] = outputs[1, 0, 1] = 5.0
+    windows = np.array([[0, 1, 2], [2, PADDING, PADDING]], np.float32)
+    schema = OutputSchema(task="language", num_outputs=4, target="y", class_names=tuple("abcd"))
+    answers = interpret(row_outputs(outputs, windows, schema), schema)
+
+    assert answers.labels == ["d", "b"]
+    assert answers.probabilities is not None and answers.probabilities.shape == (2, 4)
+    assert interpret(outputs[:, 0], schema.model_copy(update={"class_names": ()})).labels == [0, 1]
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_a_bundle_answers_by_the_thresholds_it_carries(tmp_path: Path, task: BuiltInTask) -> None:
+    thresholds = (0.9,) if task == "binary" else (0.9, 0.1)
+    location = write_sample_bundle(
+        str(tmp_path),
+        columns=COLUMNS,
+        class_names=("cat", "dog"),
+        params={"hidden": [4]},
+        task=task,
+        thresholds=thresholds,
+        onnx=False,
+    )
+    predictor = Predictor(ModelBundle.load(location))
+    answers = predictor.run(ROWS)
+
+    assert predictor.manifest.outputs.decision == thresholds
+    assert answers.probabilities is not None and answers.probabilities.shape == (6, 2)
+    expected = [["cat", "dog"][int(row[1] >= 0.9)] for row in answers.probabilities]
+    has_label = answers.probabilities >= np.array([0.9, 0.1])
+    lists = [[name for name, has in zip(("cat", "dog"), row, strict=True) if has] for row in has_label]
+    assert answers.labels == (expected if task == "binary" else lists)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "binary", "num_outputs": 2},
+        {"task": "binary", "class_names": ("a", "b", "c")},
+        {"task": "binary", "threshold": float("nan")},
+        {"task": "binary", "threshold": 1.5},
+        {"task": "multilabel", "num_outputs": 2, "thresholds": (0.5,)},
+        {"task": "multilabel", "num_outputs": 3},
+        {"task": "classification", "num_outputs": 2, "thresholds": (0.5, 0.5)},
+    ],
+)
+def test_a_schema_whose_parts_do_not_fit_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="validation error for OutputSchema"):
+        OutputSchema.model_validate({"num_outputs": 1, "target": "y", "class_names": ("a", "b"), **changes})

@@ -87,6 +87,10 @@ def test_the_config_hash_is_of_the_settings_and_not_of_the_trials_number() -> No
         ({"task": "regression"}, "val_mse", "min"),
         ({"task": "regression", "metric": "val_r2"}, "val_r2", "max"),
         ({"task": "classification", "metric": "val_loss"}, "val_loss", "min"),
+        ({"task": "binary"}, "val_f1", "max"),
+        ({"task": "multilabel"}, "val_macro_f1", "max"),
+        ({"task": "language"}, "val_loss", "min"),
+        ({"task": "language", "metric": "val_perplexity"}, "val_perplexity", "min"),
     ],
 )
 def test_the_winner_is_picked_by_the_named_metric_or_the_tasks_first(
@@ -95,6 +99,36 @@ def test_the_winner_is_picked_by_the_named_metric_or_the_tasks_first(
     spec = TrainingSpec.model_validate(settings)
 
     assert (spec.selection_metric, spec.selection_mode) == (metric, mode)
+
+
+@pytest.mark.parametrize("threshold", ["f1", 0.25, 1, {"recall": 0.99}])
+def test_a_threshold_is_a_rule_or_a_number_and_survives_json(threshold: Any) -> None:
+    spec = TrainingSpec.model_validate({"task": "multilabel", "threshold": threshold})
+
+    assert spec.threshold == threshold
+    assert TrainingSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"threshold": "best"}, "use 'f1', a number from 0 to 1, or"),
+        ({"threshold": 1.5}, "use 'f1', a number from 0 to 1, or"),
+        ({"threshold": True}, "use 'f1', a number from 0 to 1, or"),
+        ({"threshold": {"recall": 0}}, "use 'f1', a number from 0 to 1, or"),
+        ({"threshold": {"recall": 0.9, "f1": 1}}, "use 'f1', a number from 0 to 1, or"),
+        ({"positive": 1.5}, "use the class as text or as a whole number"),
+        ({"task": "classification", "positive": "a"}, "positive: is for binary, and the task is classification"),
+        ({"task": "language", "threshold": 0.3}, "threshold: is for binary and multilabel"),
+        ({"task": "multilabel", "class_weights": "balanced"}, "are for classification and binary"),
+        ({"task": "binary", "metric": "val_macro_f1"}, "never reported for binary; choose one of val_f1"),
+    ],
+)
+def test_settings_of_another_task_are_told(settings: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainingSpec.model_validate({"task": "binary", **settings})
+    assert len(caught.value.errors()) == 1
+    assert fault in str(caught.value)
 
 
 def test_every_task_can_be_ranked_by_its_loss() -> None:

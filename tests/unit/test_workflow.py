@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from bigray.bundle import ModelBundle
+from bigray.bundle import ModelBundle, OutputSchema
 from bigray.data.features import Column
 from bigray.errors import SpecError, StorageError
 from bigray.serve.sample import write_sample_bundle
-from bigray.workflow import curl_command, extended_total, find_bundle, read_files
+from bigray.workflow import curl_command, extended_total, find_bundle, label_metrics, read_files
 
 
 def _sample(folder: Path, column: str = "width") -> str:
@@ -83,3 +83,18 @@ def test_an_extension_that_was_cut_off_goes_on_and_one_that_has_ended_is_followe
     events: list[dict[str, Any]], total: int
 ) -> None:
     assert extended_total(5, 3, events) == total
+
+
+def test_the_labels_of_a_holdout_are_measured_by_the_task() -> None:
+    binary = OutputSchema(task="binary", num_outputs=1, target="y", class_names=(0, 1))
+    classes = OutputSchema(task="classification", num_outputs=2, target="y", class_names=("a", "b"))
+    labels = OutputSchema(task="multilabel", num_outputs=2, target="y", class_names=("a", "b"))
+
+    found = label_metrics([1, 1, 0, 0], [1, 0, 1, 1], binary)
+    assert found == {"accuracy": 0.25, "precision": 0.5, "recall": pytest.approx(1 / 3)}
+    assert label_metrics([0], [0], binary) == {"accuracy": 1.0, "precision": 0.0, "recall": 0.0}
+    assert label_metrics(["a", "b"], ["a", "a"], classes) == {"accuracy": 0.5}
+    assert label_metrics([["a"], ["a", "b"], []], [["a"], ["b"], []], labels) == {
+        "exact_match": pytest.approx(2 / 3),
+        "micro_f1": 0.8,
+    }

@@ -224,7 +224,9 @@ function showCard(next) {
 }
 
 function purpose() {
-  const kind = card.task === "regression" ? "a number" : `one of ${WHOLE.format(card.classes.length)} classes`;
+  const count = WHOLE.format(card.classes.length);
+  const kinds = { regression: "a number", multilabel: `any of ${count} labels`, language: "the next token" };
+  const kind = kinds[card.task] ?? `one of ${count} classes`;
   const [first] = card.inputs;
   const from = first.shape.length
     ? `${first.name} (${sizes(first.shape)})`
@@ -233,7 +235,7 @@ function purpose() {
 }
 
 function fillCard() {
-  const metrics = Object.entries(card.metrics);
+  const metrics = Object.entries({ ...card.metrics, ...card.scores });
   $("metrics").replaceChildren(
     ...metrics.map(([name, value]) => make("div", {}, make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, number(value)))),
   );
@@ -850,11 +852,14 @@ function showAnswer(prediction, elapsedMs, version) {
   for (const id of ["verdict", "took"]) show($(id));
   show($("invite"), false);
   const isClass = "label" in prediction;
-  const text = isClass ? String(prediction.label) : number(prediction.value);
-  const best = isClass ? Math.max(...prediction.probabilities) : null;
+  const isList = Array.isArray(prediction.label);
+  const text = isClass ? (isList ? prediction.label.join(", ") || "none" : String(prediction.label)) : number(prediction.value);
+  // not the largest: a binary model's threshold may choose the other class
+  const place = card.classes.length ? card.classes.indexOf(prediction.label) : prediction.label;
+  const best = isClass && !isList ? prediction.probabilities[place] : null;
   $("verdict-text").textContent = text;
   $("verdict-text").classList.toggle("long", text.length > 10);
-  $("verdict-note").textContent = isClass ? percent(best) : card.target;
+  $("verdict-note").textContent = best === null ? card.target : percent(best);
   $("glance").textContent = text;
   $("took").textContent = `${milliseconds(elapsedMs)} there and back, version ${version}`;
   show($("bars"), isClass);
@@ -863,7 +868,7 @@ function showAnswer(prediction, elapsedMs, version) {
 }
 
 function showBars(probabilities) {
-  const order = probabilities.map((share, i) => ({ share, name: String(card.classes[i]) })).sort((a, b) => b.share - a.share);
+  const order = probabilities.map((share, i) => ({ share, name: String(card.classes[i] ?? i) })).sort((a, b) => b.share - a.share);
   $("bars").replaceChildren(
     ...order.slice(0, TOP_CLASSES).map(({ share, name }) => {
       const bar = make("i");

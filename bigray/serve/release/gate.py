@@ -19,9 +19,9 @@ import orjson
 import pyarrow as pa
 
 from bigray.bundle import GOLDEN, BundleManifest, ModelBundle, load_holdout
-from bigray.data.dataset import true_answers
+from bigray.data.targets import true_answers
 from bigray.errors import BigrayError, DeployError, StorageError
-from bigray.inference import BUILT_IN_FACTORIES, Predictions, check_factory, softmax
+from bigray.inference import BUILT_IN_FACTORIES, FloatArray, Predictions, check_factory, decide, interpret
 from bigray.serve.release.golden import describe_difference
 from bigray.serve.release.paired import PairedResult, compare_paired, row_losses
 from bigray.serve.release.process import (
@@ -248,12 +248,10 @@ class _Gate:
     def _check_golden(self) -> str:
         golden, manifest = self._bundle.golden, self._bundle.manifest
         assert golden is not None, "the first check asked for it"
-        expected = golden.outputs.reshape(-1) if manifest.outputs.task == "regression" else softmax(golden.outputs)
+        expected = _numbers(interpret(golden.outputs, manifest.outputs))
         for way, ask in (("JSON", ask_json), ("the Open Inference Protocol", ask_binary)):
             answered = ask(self._ready(), golden.inputs, manifest)
-            numbers = answered.values if answered.values is not None else answered.probabilities
-            assert numbers is not None, "an answer has values or probabilities"
-            difference = describe_difference(numbers, expected) or _label_difference(answered, manifest)
+            difference = describe_difference(_numbers(answered), expected) or _label_difference(answered, manifest)
             if difference is not None:
                 raise DeployError(f"over {way}: {difference}")
         return f"{len(golden.inputs)} answers over HTTP are those it was exported with"
@@ -375,16 +373,22 @@ def _repeat(process: CandidateProcess, body: bytes, most: int, for_s: float) -> 
 def _label_difference(answered: Predictions, manifest: BundleManifest) -> str | None:
     if answered.labels is None or answered.probabilities is None:
         return None
-    likeliest = [manifest.outputs.class_names[i] for i in answered.probabilities.argmax(axis=1).tolist()]
-    if answered.labels == likeliest:
+    decided = decide(answered.probabilities, manifest.outputs)
+    if answered.labels == decided:
         return None
-    row = next(row for row, (a, b) in enumerate(zip(answered.labels, likeliest, strict=True)) if a != b)
-    return f"golden answers: row {row} is labelled {answered.labels[row]!r}, the likeliest is {likeliest[row]!r}"
+    row = next(row for row, (a, b) in enumerate(zip(answered.labels, decided, strict=True)) if a != b)
+    return f"golden answers: row {row} is labelled {answered.labels[row]!r}, the likeliest is {decided[row]!r}"
+
+
+def _numbers(answers: Predictions) -> FloatArray:
+    """Values (rows,), or probabilities (rows, classes)."""
+    numbers = answers.values if answers.values is not None else answers.probabilities
+    assert numbers is not None, "an answer has values or probabilities"
+    return numbers
 
 
 def _rows_without_number(answers: Predictions) -> int:
-    numbers = answers.values if answers.values is not None else answers.probabilities
-    assert numbers is not None, "an answer has values or probabilities"
+    numbers = _numbers(answers)
     return int((~np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1)).sum())
 
 

@@ -24,7 +24,7 @@ _SIGNS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class PairedResult:
-    """Two versions on the same rows; losses are mean 0/1 losses or mean squared errors."""
+    """Two versions on the same rows; losses are mean shares of wrong answers or mean squared errors."""
 
     rows: int
     candidate: float
@@ -39,11 +39,19 @@ class PairedResult:
 
 
 def row_losses(predictions: Predictions, truth: Sequence[Any]) -> LossArray:
-    """(rows,) 0 or 1 for a right or wrong class, squared error for a value. NaN where the answer is no number."""
+    """(rows,) 0 or 1 for a right or wrong class, the share of wrong ones of a row's labels, squared error for a value.
+
+    NaN where the answer is no number.
+    """
     if predictions.values is not None:
         return (predictions.values.astype(np.float64) - np.asarray(truth, dtype=np.float64)) ** 2
     assert predictions.labels is not None, "a prediction has values or labels"
-    return np.array([float(a != b) for a, b in zip(predictions.labels, truth, strict=True)])
+    pairs = zip(predictions.labels, truth, strict=True)
+    if truth and isinstance(truth[0], list):
+        assert predictions.probabilities is not None, "labels have probabilities"
+        num_labels = predictions.probabilities.shape[1]
+        return np.array([len({*given} ^ {*true}) / num_labels for given, true in pairs])
+    return np.array([float(a != b) for a, b in pairs])
 
 
 def compare_paired(candidate: LossArray, live: LossArray, *, draws: int = MOST_DRAWS, seed: int = 0) -> PairedResult:

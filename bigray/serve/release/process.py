@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from bigray.bundle import BundleManifest
 from bigray.errors import DeployError
-from bigray.inference import Predictions
+from bigray.inference import Predictions, decide
 
 FloatArray = NDArray[np.float32]
 
@@ -240,8 +240,7 @@ def to_predictions(answers: FloatArray, manifest: BundleManifest) -> Predictions
     """Probabilities (rows, classes) or values (rows,) -> predictions."""
     if manifest.outputs.task == "regression":
         return Predictions(None, None, answers.reshape(-1))
-    names = manifest.outputs.class_names
-    return Predictions([names[i] for i in answers.argmax(axis=1).tolist()], answers, None)
+    return Predictions(decide(answers, manifest.outputs), answers, None)
 
 
 def _command(bundle: str, settings: ProcessSettings) -> list[str]:

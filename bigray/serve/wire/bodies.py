@@ -139,13 +139,16 @@ def encode_predict(predictions: Predictions, accept: str, model: str, version: s
 
 
 def encode_records(predictions: Predictions, model: str, version: str) -> bytes:
-    """`{"model", "version", "predictions": [{"label", "probabilities"} or {"value"}]}`."""
+    """`{"model", "version", "predictions": [{"label", "probabilities"} or {"value"}]}`.
+
+    The label of a multilabel task is the list of the row's labels.
+    """
     records: list[dict[str, Any]]
     if predictions.values is not None:
         records = [{"value": value} for value in predictions.values]
     else:
         labels, probabilities = predictions.labels, predictions.probabilities
-        assert labels is not None and probabilities is not None, "a classification has both"
+        assert labels is not None and probabilities is not None, "all but a regression have both"
         pairs = zip(labels, probabilities, strict=True)
         records = [{"label": label, "probabilities": row} for label, row in pairs]
     document = {"model": model, "version": version, "predictions": records}
@@ -175,13 +178,20 @@ def _columns(predictions: Predictions) -> dict[str, pa.Array]:
     if predictions.values is not None:
         return {"value": pa.array(predictions.values, pa.float32())}
     labels, probabilities = predictions.labels, predictions.probabilities
-    assert labels is not None and probabilities is not None, "a classification has both"
-    is_text = any(isinstance(label, str) for label in labels)
+    assert labels is not None and probabilities is not None, "all but a regression have both"
     flat = pa.array(np.ascontiguousarray(probabilities).reshape(-1), pa.float32())
     return {
-        "label": pa.array([str(label) for label in labels], pa.utf8()) if is_text else pa.array(labels, pa.int64()),
+        "label": _label_column(labels),
         "probabilities": pa.FixedSizeListArray.from_arrays(flat, probabilities.shape[1]),
     }
+
+
+def _label_column(labels: list[Any]) -> pa.Array:
+    """Text or whole numbers, or of a multilabel task lists of text."""
+    if labels and isinstance(labels[0], list):
+        return pa.array([[str(label) for label in row] for row in labels], pa.list_(pa.utf8()))
+    is_text = any(isinstance(label, str) for label in labels)
+    return pa.array([str(label) for label in labels], pa.utf8()) if is_text else pa.array(labels, pa.int64())
 
 
 def _decode_json(body: bytes, manifest: BundleManifest) -> FloatArray:

@@ -183,8 +183,12 @@ def _prediction_schema(manifest: BundleManifest) -> Schema:
     number: Schema = {"type": ["number", "null"]}
     if manifest.outputs.task == "regression":
         return _object({"value": number})
-    probabilities = _array(number, (manifest.outputs.num_outputs,))
-    return _object({"label": {"enum": list(manifest.outputs.class_names)}, "probabilities": probabilities})
+    probabilities = _array(number, (manifest.outputs.num_probabilities,))
+    names = list(manifest.outputs.class_names)
+    label: Schema = {"enum": names} if names else {"type": "integer"}
+    return _object(
+        {"label": _list(label) if manifest.outputs.task == "multilabel" else label, "probabilities": probabilities}
+    )
 
 
 def _tensor_description() -> Schema:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bigray.bundle import BundleManifest, OutputSchema
 from bigray.data.features import FeatureSchema, holds_text
+from bigray.data.targets import SEPARATOR
 from bigray.errors import SpecError
 from bigray.inference import Predictions
 from bigray.serve.wire.binary import DTYPES, read_numbers, write_numbers, write_strings
@@ -68,8 +69,8 @@ def output_tensors(predictions: Predictions, label_datatype: str) -> list[Output
     if predictions.values is not None:
         return [OutputTensor("prediction", "FP32", [len(predictions.values)], predictions.values)]
     labels, probabilities = predictions.labels, predictions.probabilities
-    assert labels is not None and probabilities is not None, "a classification has both"
-    shown = [str(label) for label in labels] if label_datatype == "BYTES" else labels
+    assert labels is not None and probabilities is not None, "all but a regression have both"
+    shown = [_label_text(label) for label in labels] if label_datatype == "BYTES" else labels
     flat = np.ascontiguousarray(probabilities).reshape(-1)
     return [
         OutputTensor("label", label_datatype, [len(labels)], shown),
@@ -88,7 +89,7 @@ def describe_outputs(outputs: OutputSchema) -> list[dict[str, Any]]:
         return [{"name": "prediction", "datatype": "FP32", "shape": [-1]}]
     return [
         {"name": "label", "datatype": label_datatype(outputs), "shape": [-1]},
-        {"name": "probabilities", "datatype": "FP32", "shape": [-1, outputs.num_outputs]},
+        {"name": "probabilities", "datatype": "FP32", "shape": [-1, outputs.num_probabilities]},
     ]
 
 
@@ -98,12 +99,18 @@ def platform_of(backend: str) -> str:
 
 
 def label_datatype(outputs: OutputSchema) -> str:
-    return "BYTES" if any(isinstance(label, str) for label in outputs.class_names) else "INT64"
+    """A row's labels of a multilabel task are one text: the protocol has no lists of different lengths."""
+    is_text = outputs.task == "multilabel" or any(isinstance(label, str) for label in outputs.class_names)
+    return "BYTES" if is_text else "INT64"
+
+
+def _label_text(label: Any) -> str:
+    return SEPARATOR.join(map(str, label)) if isinstance(label, list) else str(label)
 
 
 def check_output_name(name: Any, manifest: BundleManifest) -> str:
     """The name of an output that was asked for."""
-    known = ("label", "probabilities") if manifest.outputs.task == "classification" else ("prediction",)
+    known = ("prediction",) if manifest.outputs.task == "regression" else ("label", "probabilities")
     if name not in known:
         raise SpecError(f"outputs: the model has no output {_shown(name)}, only {', '.join(known)}")
     return str(name)

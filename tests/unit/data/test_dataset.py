@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from bigray.data.dataset import Dataset, prepare_dataset, table_to_records
+from bigray.data.features import Column
 from bigray.data.sources import table_from_arrays
 from bigray.errors import SpecError
 from bigray.specs import BuiltInTask, DataSpec, SplitSpec
@@ -114,8 +116,8 @@ def test_standardisation_is_fitted_on_the_training_rows_only(tmp_path: Path) -> 
     dataset = _prepare(tmp_path, pa.table(_columns()), normalize="standard")
     raw = _prepare(tmp_path, pa.table(_columns()), normalize="none")
 
-    np.testing.assert_allclose(dataset.preprocessing.mean, raw.arrays.x_train.mean(axis=0, dtype=np.float64))
-    np.testing.assert_allclose(dataset.preprocessing.std, raw.arrays.x_train.std(axis=0, dtype=np.float64))
+    np.testing.assert_allclose(dataset.preprocessing.center, raw.arrays.x_train.mean(axis=0, dtype=np.float64))
+    np.testing.assert_allclose(dataset.preprocessing.scale, raw.arrays.x_train.std(axis=0, dtype=np.float64))
     np.testing.assert_array_equal(dataset.arrays.x_val, dataset.preprocessing.apply(raw.arrays.x_val))
 
 
@@ -247,11 +249,16 @@ BAD: list[tuple[str, pa.Table, BuiltInTask, str]] = [
     ("infinity", _with(a=_one(float("inf"), 1.0)), "classification", "NaN or infinite values"),
     ("nulls", _with(a=_one(None, 1.0)), "classification", "column 'a' has 1 empty values"),
     ("nulls in the target", _with(label=_one(None, "x")), "classification", "column 'label' has 1 empty values"),
-    ("strings", _with(a=["x"] * NUM_ROWS), "classification", "column 'a' is string, not numeric"),
+    (
+        "strings",
+        _with(a=[f"x{i}" for i in range(NUM_ROWS)]),
+        "classification",
+        "column 'a' is text with 120 distinct values",
+    ),
     ("one class", _with(label=["x"] * NUM_ROWS), "classification", "has a single class (x)"),
     ("fractions", _with(label=np.arange(NUM_ROWS) / 7), "classification", "use training.task = 'regression'"),
     ("words", _with(), "regression", "is not a column of numbers, which regression needs"),
-    ("nan in the target", _with(label=_one(float("nan"), 1.0)), "regression", "NaN or infinite values"),
+    ("nan in the target", _with(label=_one(float("nan"), 1.0)), "regression", "has 1 empty values (in row 0)"),
     (
         "vectors as regression target",
         _with(label=[[1.0, 2.0]] * NUM_ROWS),
@@ -319,3 +326,73 @@ def test_one_validation_row_is_too_few_for_regression(tmp_path: Path) -> None:
 def test_a_fault_of_the_source_carries_its_key(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^data\.source: '.*none\.csv': no such file"):
         prepare_dataset(DataSpec(source=str(tmp_path / "none.csv"), target="label"), "classification")
+
+
+def test_a_few_validation_rows_are_kept_as_they_came(tmp_path: Path) -> None:
+    dataset = _prepare(tmp_path, pa.table(_columns()), normalize="standard")
+
+    assert dataset.golden_rows.shape == (16, 2)
+    assert dataset.golden_rows.dtype == np.float32
+    kept = {row.tobytes() for row in dataset.preprocessing.apply(dataset.golden_rows)}
+    assert kept <= {row.tobytes() for row in dataset.arrays.x_val}
+
+
+def _photos(folder: Path, broken: int = 0) -> Path:
+    """`photos/class/name.png`, the first few of them cut."""
+    generator = np.random.default_rng(0)
+    for row in range(60):
+        path = folder / "photos" / ("cat", "dog")[row % 2] / f"{row:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (6, 5), dtype=np.uint8)).save(path)
+        if row < broken:
+            path.write_bytes(path.read_bytes()[:30])
+    return folder / "photos"
+
+
+def _of_photos(folder: Path, **spec: Any) -> Dataset:
+    document = {"source": str(folder), "target": "label", **spec}
+    return prepare_dataset(DataSpec.model_validate(document), "classification")
+
+
+def test_of_a_folder_of_pictures_the_pictures_are_the_input(tmp_path: Path) -> None:
+    dataset = _of_photos(_photos(tmp_path))
+
+    assert dataset.inputs.columns == (Column(name="image", shape=(1, 6, 5), kind="image"),)
+    assert dataset.outputs.class_names == ("cat", "dog")
+    assert sum(dataset.num_rows.values()) == 60
+    assert dataset.arrays.x_train.shape[1:] == (1, 6, 5)
+    assert (dataset.arrays.x_train.min(), dataset.arrays.x_train.max()) == (0, 255)
+    assert dataset.ranges == {"image": (0.0, 255.0)}
+
+
+def test_broken_pictures_are_skipped_up_to_a_share_or_stop_the_job(tmp_path: Path) -> None:
+    folder = _photos(tmp_path, broken=2)
+
+    dataset = _of_photos(folder, bad_images="skip", max_bad_share=0.05, image_channels=3)
+    with pytest.raises(SpecError) as stopped:
+        _of_photos(folder)
+    with pytest.raises(SpecError, match=r"^data\.source: column 'image': 2 of 60 pictures cannot be read"):
+        _of_photos(folder, bad_images="skip", max_bad_share=0.02)
+
+    assert sum(dataset.num_rows.values()) == 58
+    assert dataset.arrays.x_train.shape[1:] == (3, 6, 5)
+    assert dataset.notes == (
+        "data.bad_images: left out row 0 (cat/00.png): not a PNG or JPEG that can be read and 1 more",
+    )
+    assert stopped.value.faults[0] == (
+        "data.source: column 'image': row 0 (cat/00.png): not a PNG or JPEG that can be read"
+    )
+
+
+def test_a_folder_of_train_and_test_is_a_split_that_is_given(tmp_path: Path) -> None:
+    photos = _photos(tmp_path)
+    root = tmp_path / "root"
+    root.mkdir()
+    photos.rename(root / "train")
+    test = _photos(tmp_path).rename(root / "test")
+    (test / "cat" / "00.png").unlink()
+
+    dataset = _of_photos(root)
+
+    assert dataset.num_rows["holdout"] == 59
+    assert dataset.num_rows["train"] + dataset.num_rows["validation"] == 60

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import base64
+import copy
+import datetime
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from bigray.data.features import Column, FeatureSchema, _plain_numbers, column_to_numpy
 from bigray.data.sources import table_from_arrays
@@ -112,6 +117,186 @@ def test_a_dictionary_column_is_decoded() -> None:
     table = pa.table({"label": pa.array(["b", "a", "b"]).dictionary_encode()})
 
     assert column_to_numpy(table, "label").tolist() == ["b", "a", "b"]
+
+
+# ----- columns that are no plain numbers
+
+MIXED = FeatureSchema(
+    columns=(
+        Column(name="size", nullable=True),
+        Column(name="colour", kind="category", categories=("1", "blue", "true"), nullable=True),
+        Column(name="grade", kind="category", categories=("a", "b"), unknown="refuse"),
+        Column(name="day", kind="date"),
+    )
+)
+WHOLE = {"size": 1.5, "colour": "blue", "grade": "b", "day": "1970-01-02"}
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changed", "codes"),
+    [
+        ({}, [1.5, 1, 1, 1]),
+        ({"size": None}, [NAN, 1, 1, 1]),
+        ({"size": NAN}, [NAN, 1, 1, 1]),
+        ({"size": ""}, [NAN, 1, 1, 1]),
+        ({"colour": ""}, [1.5, NAN, 1, 1]),
+        ({"colour": None}, [1.5, NAN, 1, 1]),
+        ({"colour": "red"}, [1.5, -1, 1, 1]),
+        ({"colour": True}, [1.5, 2, 1, 1]),
+        ({"colour": "true"}, [1.5, 2, 1, 1]),
+        ({"colour": 1}, [1.5, 0, 1, 1]),
+        ({"colour": 1.0}, [1.5, 0, 1, 1]),
+        ({"colour": 1.5}, [1.5, -1, 1, 1]),
+        ({"day": "1970-01-02T12:00:00"}, [1.5, 1, 1, 1.5]),
+        ({"day": "1970-01-02T12:00:00+12:00"}, [1.5, 1, 1, 1]),
+        ({"day": "1969-12-31T18:00Z"}, [1.5, 1, 1, -0.25]),
+        ({"day": 20_000}, [1.5, 1, 1, 20_000]),
+    ],
+)
+def test_a_value_of_any_kind_has_one_code_in_records_rows_and_tables(
+    changed: dict[str, Any], codes: list[float]
+) -> None:
+    record = {**WHOLE, **changed}
+    expected = np.array([codes], np.float32)
+
+    np.testing.assert_array_equal(MIXED.from_records([record]), expected)
+    np.testing.assert_array_equal(MIXED.checked([list(record.values())]), expected)
+    np.testing.assert_array_equal(
+        MIXED.from_table(pa.table({name: [value] for name, value in record.items()})), expected
+    )
+
+
+@pytest.mark.parametrize(
+    "days",
+    [
+        pa.array([datetime.date(1970, 1, 2), datetime.date(1969, 12, 31)]),
+        pa.array([86_400_000, -86_400_000], pa.date64()),
+        pa.array([86_400, -86_400], pa.timestamp("s")),
+        pa.array([86_400_000_000_999, -86_400_000_000_999], pa.timestamp("ns", tz="Asia/Tokyo")),
+        pa.array(["1970-01-02", "1969-12-31"]).dictionary_encode(),
+    ],
+    ids=str,
+)
+def test_dates_of_every_arrow_type_are_days_since_1970_in_utc(days: pa.Array) -> None:
+    schema = FeatureSchema(columns=(Column(name="day", kind="date"),))
+
+    np.testing.assert_array_equal(schema.from_table(pa.table({"day": days})), [[1], [-1]])
+
+
+def test_codes_can_be_turned_back_into_records_that_have_them() -> None:
+    codes = np.array([[NAN, 2, 0, 19_723.33], [1e-3, -1, 1, -0.1], [0, NAN, 1, 1]], np.float32)
+
+    records = MIXED.to_records(codes)
+
+    assert records[2] == {"size": 0.0, "colour": None, "grade": "b", "day": "1970-01-02T00:00:00+00:00"}
+    np.testing.assert_array_equal(MIXED.from_records(records), codes)
+
+
+FAULTY: list[tuple[dict[str, Any], str]] = [
+    ({"grade": None}, "'grade' is empty"),
+    ({"grade": ""}, "'grade' is empty"),
+    ({"grade": "c"}, "'grade' is not a category that training saw: 'c'"),
+    ({"day": "yesterday"}, "'day': expected a date such as .*, got 'yesterday'"),
+    ({"day": "2024-02-30"}, "'day': expected a date such as .*, got '2024-02-30'"),
+    ({"day": True}, "'day': expected a date such as .*, got True"),
+    ({"day": None}, "'day' is empty"),
+    ({"size": "big"}, "'size': expected a number, got 'big'"),
+    ({"size": float("inf")}, "'size' is no finite number"),
+    ({"size": 1e39}, "'size' is no finite number"),
+    ({"colour": float("inf")}, "'colour': expected a category, got inf"),
+]
+
+
+@pytest.mark.parametrize(("changed", "expected"), FAULTY, ids=[expected for _, expected in FAULTY])
+def test_a_value_without_a_code_is_refused_with_its_row_and_column(changed: dict[str, Any], expected: str) -> None:
+    record = {**WHOLE, **changed}
+    table = pa.table({name: pa.array([value]) for name, value in record.items()})
+
+    with pytest.raises(SpecError, match=rf"^records\[1\]: {expected}$"):
+        MIXED.from_records([WHOLE, record])
+    with pytest.raises(SpecError, match=f"^row 0: {expected}$"):
+        MIXED.from_table(table)
+    with pytest.raises(SpecError, match=f"^row 7: {expected}$"):
+        MIXED.from_table(table, rows=[7])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[1.0, "blue", "a"]], r"records\[0\]: expected 4 values"),
+        ([3.0], r"records\[0\]: expected 4 values, got 3.0"),
+        ([[[1.0], "blue", "a", 3]], r"records\[0\]: 'size': expected a number, got \[1.0\]"),
+        ([[1.0, ["blue"], "a", 3]], r"records\[0\]: 'colour': expected a category, got \['blue'\]"),
+        ([[10**400, "blue", "a", 3]], r"records\[0\]: 'size' is no finite number"),
+        ([], "expected a list of rows of 4 values"),
+        ("blue", "expected a list of rows of 4 values"),
+        (np.zeros((1, 3)), r"wrong shape \(1, 3\), expected \(rows, 4\)"),
+        (np.array([["a", "b", "c", "d"]]), "expected numbers"),
+    ],
+)
+def test_rows_of_another_form_are_refused(values: Any, expected: str) -> None:
+    with pytest.raises(SpecError, match=expected):
+        MIXED.checked(values)
+
+
+def test_an_array_of_numbers_holds_raw_values_and_not_codes() -> None:
+    schema = FeatureSchema(columns=(Column(name="a"), Column(name="b", kind="category", categories=("3", "4"))))
+
+    np.testing.assert_array_equal(schema.checked(np.array([[0.5, 4], [0.5, 0]])), [[0.5, 1], [0.5, -1]])
+
+
+def test_a_table_with_empty_cells_is_refused_where_nothing_may_be_missing() -> None:
+    for table in (
+        pa.table({"height": [1, 2], "width": [1.0, None]}),
+        pa.table({"height": [1, 2], "width": ["1", "x"]}),
+    ):
+        with pytest.raises(
+            SpecError, match=r"column 'width' holds NaN .* first in row 1|row 0: 'width': expected a numb"
+        ):
+            SCALARS.from_table(table)
+
+
+def test_a_table_without_a_column_is_refused_by_its_name() -> None:
+    with pytest.raises(SpecError, match="no column 'width'; the columns are: 'height'"):
+        SCALARS.from_table(pa.table({"height": [1]}))
+
+
+def test_a_schema_that_was_used_can_be_sent_to_another_process() -> None:
+    MIXED.from_records([WHOLE])
+
+    sent = copy.deepcopy(MIXED)
+
+    assert sent == MIXED
+    assert set(sent.__getstate__()["__dict__"]) == {"columns"}
+
+
+PHOTO = FeatureSchema(columns=(Column(name="photo", shape=(1, 2, 2), kind="image"),))
+
+
+def test_a_picture_in_base64_is_its_pixels() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [7, 9]], np.uint8)).save(buffer, "PNG")
+
+    codes = PHOTO.from_records([{"photo": base64.b64encode(buffer.getvalue()).decode()}])
+
+    np.testing.assert_array_equal(codes, [[[[0, 255], [7, 9]]]])
+    np.testing.assert_array_equal(PHOTO.from_table(pa.table({"photo": [buffer.getvalue()]})), codes)
+    np.testing.assert_array_equal(PHOTO.from_records(PHOTO.to_records(codes)), codes)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("no base64!", "photo: expected numbers, or a PNG or JPEG in base64"), ("AAAA", "photo: not a PNG or JPEG")],
+)
+def test_text_that_is_no_picture_is_refused(value: str, expected: str) -> None:
+    with pytest.raises(SpecError, match=expected):
+        PHOTO.from_records([{"photo": value}])
+
+
+def test_bytes_that_are_no_picture_are_refused_with_their_row() -> None:
+    with pytest.raises(SpecError, match=r"^column 'photo': row 0: not a PNG or JPEG"):
+        PHOTO.from_table(pa.table({"photo": [b"x"]}))
 
 
 # ----- plain numbers are read a quick way, which must mean the same as the thorough one

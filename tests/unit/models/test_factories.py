@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from bigray.errors import SpecError
-from bigray.models import build_model, cnn, linear, load_factory, mlp, transformer
+from bigray.models import build_model, cnn, linear, load_factory, mlp, resnet, transformer
 
 UserModule = Callable[[str], str]
 
 
-@pytest.mark.parametrize("factory", [linear, mlp, cnn, transformer])
+@pytest.mark.parametrize("factory", [linear, mlp, cnn, resnet, transformer])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_every_factory_takes_grey_images(factory: Callable[..., torch.nn.Module], rows: int) -> None:
     assert factory((8, 6), 3)(torch.zeros(rows, 8, 6)).shape == (rows, 3)
 
 
-@pytest.mark.parametrize("factory", [linear, mlp, cnn, transformer])
+@pytest.mark.parametrize("factory", [linear, mlp, cnn, resnet, transformer])
 def test_every_factory_takes_images_with_channels(factory: Callable[..., torch.nn.Module]) -> None:
     assert factory((3, 8, 6), 4)(torch.zeros(2, 3, 8, 6)).shape == (2, 4)
 
@@ -38,7 +38,7 @@ def test_an_mlp_without_hidden_layers_is_affine() -> None:
     assert [tuple(weights.shape) for weights in mlp((5,), 2, hidden=()).parameters()] == [(2, 5), (2,)]
 
 
-@pytest.mark.parametrize("factory", [mlp, cnn, transformer])
+@pytest.mark.parametrize("factory", [mlp, cnn, resnet, transformer])
 def test_dropout_is_there_only_when_asked_for(factory: Callable[..., torch.nn.Module]) -> None:
     def has_dropout(module: torch.nn.Module) -> bool:
         return any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in module.modules())

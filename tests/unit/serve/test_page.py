@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bigray.bundle import BundleManifest, ModelBundle, ModelCard
+from bigray.bundle import BundleManifest, ClassScores, ModelBundle, ModelCard, OutputSchema
 from bigray.data.features import Column, FeatureSchema
 from bigray.serve.page.page import content_policy, model_card, page_answer
 
@@ -170,3 +170,13 @@ def test_a_known_range_goes_before_the_example(bundle: ModelBundle):
     card = model_card(manifest, "abc", {})
     assert (card["image"]["low"], card["image"]["high"]) == (0.0, 16.0)
     assert (card["inputs"][0]["low"], card["inputs"][0]["high"]) == (0.0, 16.0)
+
+
+def test_the_card_has_the_scores_of_the_classes_and_the_threshold_they_are_taken_at(bundle: ModelBundle):
+    scores = ClassScores(name="yes", rows=3, precision=1.0, recall=0.5, f1=2 / 3)
+    outputs = OutputSchema(task="binary", num_outputs=1, target="y", class_names=("no", "yes"), threshold=0.3)
+    known = ModelCard(scores={"accuracy": 0.9}, per_class=(scores,))
+    card = model_card(bundle.manifest.model_copy(update={"card": known, "outputs": outputs}), "abc", {})
+    assert (card["scores"], card["thresholds"], card["classes"]) == ({"accuracy": 0.9}, [0.3], ["no", "yes"])
+    assert card["per_class"][0]["recall"] == 0.5
+    json.dumps(card)

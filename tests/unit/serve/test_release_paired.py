@@ -73,3 +73,9 @@ def test_the_same_rows_give_the_same_p_value() -> None:
 def test_losses_of_other_rows_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match=r"got shapes \(3,\) and \(2,\)"):
         compare_paired(np.zeros(3), np.zeros(2))
+
+
+def test_the_loss_of_a_row_of_labels_is_the_share_that_is_wrong() -> None:
+    given = Predictions([["a", "b"], [], ["c"]], np.zeros((3, 4), np.float32), None)
+
+    np.testing.assert_array_equal(row_losses(given, [["a"], [], ["a", "b"]]), [0.25, 0.0, 0.75])

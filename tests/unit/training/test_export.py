@@ -24,7 +24,7 @@ from bigray.bundle import (
     pack_holdout,
 )
 from bigray.data.features import Column, FeatureSchema
-from bigray.data.preprocessing import Preprocessing
+from bigray.data.preprocessing import Preprocessing, fit_preprocessing
 from bigray.errors import StorageError
 from bigray.inference import Predictor
 from bigray.models import build_model
@@ -39,6 +39,7 @@ from bigray.training.export import TOLERANCE, _export_onnx, export_bundle
 from bigray.training.tensor_files import pack_tensors, unpack_tensors
 
 ROWS = np.random.default_rng(0).normal(size=(64, 8, 8)).astype(np.float32)
+RAW_ROWS = ROWS[:16] * 2 + np.float32(0.5)
 TARGETS = np.random.default_rng(1).integers(3, size=64)
 
 
@@ -69,7 +70,7 @@ def _manifest(trial: TrialSpec) -> BundleManifest:
             versions={},
         ),
         inputs=FeatureSchema(columns=(Column(name="image", shape=(8, 8)),)),
-        preprocessing=Preprocessing(kind="standard", mean=(0.5,), std=(2.0,)),
+        preprocessing=Preprocessing(kind="standard", center=(0.5,), scale=(2.0,)),
         outputs=OutputSchema(task="classification", num_outputs=3, target="label", class_names=(0, 1, 2)),
         factory=FactorySpec(factory=trial.model.factory, params=trial.model.params),
         example={"image": ROWS[0].tolist()},
@@ -85,7 +86,10 @@ def _export(paths: RunPaths, trial: TrialSpec) -> tuple[Exported, bytes, bytes]:
     files = {"model.safetensors": last, "best.safetensors": best}
     save_checkpoint(paths, trial, 1, Progress(epoch=3, step=15, best_epoch=2, best_step=10), files)
     holdout = pack_holdout(pa.table({"image": ROWS[:2].reshape(2, 64).tolist(), "label": [0, 1]}))
-    return export_bundle(paths, trial, _manifest(trial), ROWS, targets=TARGETS, holdout=holdout), best, last
+    exported = export_bundle(
+        paths, trial, _manifest(trial), ROWS, golden_rows=RAW_ROWS, targets=TARGETS, holdout=holdout
+    )
+    return exported, best, last
 
 
 CNN = ("bigray.models:cnn", {"channels": [4, 4], "dropout": 0.5})
@@ -149,7 +153,7 @@ def test_the_golden_answers_are_the_modules_to_rows_as_they_come(exported: tuple
         expected = module(torch.from_numpy(bundle.manifest.preprocessing.apply(golden.inputs))).numpy()
 
     np.testing.assert_array_equal(golden.outputs, expected)
-    np.testing.assert_allclose(golden.inputs[[0, -1]], ROWS[[0, -1]] * 2 + 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(golden.inputs, RAW_ROWS)
     assert check_golden(bundle, Predictor(bundle)) is None
 
 
@@ -189,6 +193,24 @@ def test_a_module_without_an_answer_on_this_machine_gives_a_bundle_without_golde
     assert (bundle.golden, bundle.weights) == (None, best)
     assert bundle.manifest.card is not None
     assert bundle.manifest.card.confusion == ()
+
+
+def test_a_module_is_built_for_what_the_preprocessing_makes_of_a_row(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigray.training.export._export_onnx", lambda *_: (None, "not asked"))
+    trial = _trial("bigray.models:mlp", {})
+    weights = pack_tensors(build_model(trial.model.factory, {}, (5,), 3).state_dict())
+    save_checkpoint(paths, trial, 1, Progress(step=10, best_step=10), {"model.safetensors": weights})
+    codes = RAW_ROWS.copy()
+    preprocessing = fit_preprocessing("standard", codes, num_components=5)
+    manifest = _manifest(trial).model_copy(update={"preprocessing": preprocessing})
+
+    export_bundle(paths, trial, manifest, preprocessing.apply(codes), golden_rows=codes)
+    bundle = ModelBundle.load(paths.bundle)
+
+    assert (bundle.manifest.inputs.input_shape, bundle.manifest.model_input_shape) == ((8, 8), (5,))
+    assert check_golden(bundle, Predictor(bundle)) is None
 
 
 @pytest.mark.parametrize("causal", [True, False])

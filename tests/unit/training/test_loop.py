@@ -743,3 +743,60 @@ def test_a_step_is_heard_of_in_each_of_its_phases(make_trial: MakeTrial, blobs: 
 
     assert heard == ["forward", "backward", "step"] * 5 + ["validation"] * 8
     assert hooks.phases.index("data") < hooks.phases.index("forward")
+
+
+# --- a language model
+
+
+def _text(rows: int = 40, length: int = 5, tokens: int = 6) -> TrainingArrays:
+    """Each token is the one before plus 1: what follows is told by the token alone."""
+    start = np.arange(rows + 12)[:, None] % tokens
+    windows = (start + np.arange(length + 1)) % tokens
+    x, y = windows[:, :-1].astype(np.float32), windows[:, 1:].astype(np.int64)
+    return TrainingArrays(x[:rows], y[:rows], x[rows:], y[rows:])
+
+
+OF_TOKENS = """
+    from torch import nn
+
+    class Bigrams(nn.Module):
+        def __init__(self, num_outputs):
+            super().__init__()
+            self.table = nn.Embedding(num_outputs, num_outputs)
+
+        def forward(self, x):
+            return self.table(x.long())
+
+    class Last(Bigrams):
+        def forward(self, x):
+            return super().forward(x)[:, -1]
+
+    def bigrams(input_shape, num_outputs):
+        return Bigrams(num_outputs)
+
+    def last(input_shape, num_outputs):
+        return Last(num_outputs)
+"""
+
+
+def test_a_language_model_learns_what_follows_at_each_position(make_trial: MakeTrial, user_module: UserModule) -> None:
+    trial = make_trial(f"{user_module(OF_TOKENS)}:bigrams", {}, task="language", lr=0.3, epochs=5)
+    hooks = RecordingHooks()
+    training = TrialTraining(trial, _text(), 6, ALONE, hooks)
+    training.train_to(5)
+    metrics = [report["metrics"] for report in hooks.reports]
+
+    assert set(metrics[0]) == set(METRICS["language"])
+    assert metrics[-1]["val_loss"] < 0.1 < metrics[0]["val_loss"]
+    assert metrics[-1]["val_token_accuracy"] == 1.0
+    assert all(each["val_perplexity"] == pytest.approx(math.exp(each["val_loss"])) for each in metrics)
+
+
+def test_a_model_that_answers_the_last_position_only_is_no_language_model(
+    make_trial: MakeTrial, user_module: UserModule
+) -> None:
+    trial = make_trial(f"{user_module(OF_TOKENS)}:last", {}, task="language")
+    training = TrialTraining(trial, _text(), 6, ALONE, RecordingHooks())
+
+    with pytest.raises(TrainingFailed, match=r"returned shape \(16, 6\) for 16 rows, expected \(16, 5, 6\)"):
+        training.train_to(1)

@@ -266,3 +266,35 @@ def test_every_optimizer_taken_for_granted_can_decay_and_be_sharded() -> None:
     for optimizer in OPTIMIZERS:
         training = TrainingSpec(task="classification", optimizer=optimizer, weight_decay=0.1, strategy="fsdp")
         assert _only_torch_can_tell(training) or optimizer_faults(training) == [], optimizer
+
+
+def test_fewer_training_rows_than_workers_are_told(request_of: Callable[..., RunRequest], tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", a=np.arange(8.0), y=np.arange(8) % 2)
+    settings = {
+        "data": {"source": str(tmp_path / "rows.npz"), "target": "y", "split": {"validation": 0.3, "holdout": 0}}
+    }
+    training = {"task": "classification", "global_batch_size": 2}
+    rows = request_of(**settings, training=training).dataset.num_rows["train"]
+
+    with pytest.raises(SpecError) as caught:
+        request_of(**settings, training=training, scaling={"num_workers": [1, rows + 1]})
+
+    expected = f"scaling.num_workers: {rows + 1} workers, but only {rows} training rows; use {rows} or fewer"
+    assert caught.value.faults == (expected,)
+
+
+def test_models_are_told_which_inputs_are_categories_to_embed(
+    request_of: Callable[..., RunRequest], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "rows.npz", a=np.arange(100.0), b=np.arange(100) % 7, y=np.arange(100) % 2)
+    data = {"source": str(tmp_path / "rows.npz"), "target": "y", "categories": "embedding"}
+    data["columns"] = {"b": {"kind": "category"}}
+
+    request = request_of(data=data)
+
+    assert request.trials[0].model.params == {"embeddings": [[1, 7]]}
+    assert request.job.models["net"].params == {"embeddings": [[1, 7]]}
+    with pytest.raises(
+        SpecError, match=r"^models\.net\.factory: 'bigray.models:linear' takes no embeddings, which data"
+    ):
+        request_of(data=data, models={"net": {"factory": "bigray.models:linear"}})

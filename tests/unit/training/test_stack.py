@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class StackHooks:
 
 
 def _num_outputs(trial: TrialSpec) -> int:
-    return 1 if trial.training.target_kind == "regression" else 3
+    return 1 if trial.training.target_kind in ("regression", "binary") else 3
 
 
 def _stack(
@@ -159,6 +160,26 @@ def test_each_lane_has_the_loss_settings_of_its_trial(
     make_trial: MakeTrial, blobs: TrainingArrays, settings: dict[str, Any]
 ) -> None:
     _assert_lanes_equal_trials([make_trial(lr=rate, **settings) for rate in RATES], blobs)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [("binary", {}), ("binary", {"class_weights": "balanced", "label_smoothing": 0.1}), ("multilabel", {})],
+)
+def test_each_lane_of_yes_and_no_has_the_curve_of_its_trial_alone(
+    make_trial: MakeTrial, blobs: TrainingArrays, task: str, settings: dict[str, Any]
+) -> None:
+    def targets(y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return (y > 0).astype(np.int64) if task == "binary" else np.eye(3, dtype=np.int8)[y] | (y[:, None] == 2)
+
+    data = replace(blobs, y_train=targets(blobs.y_train), y_val=targets(blobs.y_val))
+    trials = [make_trial(task=task, lr=rate, **settings) for rate in RATES]
+    _assert_lanes_equal_trials(trials, data)
+
+
+def test_a_language_is_trained_alone(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
+    reason = why_not_stacked(make_trial(task="language"), blobs, 3, ALONE.device)
+    assert reason == "training.task = 'language' is of trials trained alone"
 
 
 def test_lanes_may_differ_in_decay_and_momentum(make_trial: MakeTrial, blobs: TrainingArrays) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torchmetrics.functional.text import perplexity
 
 from bigray.errors import SpecError, TrainingFailed
 from bigray.specs import METRICS, TrainingSpec
@@ -15,6 +17,8 @@ from bigray.training.tasks import (
     balanced_weights,
     load_task,
     metric_collection,
+    metrics_of_loss,
+    output_shape,
     sample_losses,
     total_weight,
     validation_losses,
@@ -23,6 +27,7 @@ from bigray.training.tasks import (
 UserModule = Callable[[str], str]
 
 Y = np.array([0, 0, 0, 2, 1, 0, 2, 0])
+MARKS = np.stack([Y > 0, Y > 1, Y == 0], axis=1).astype(np.int8)
 LOGITS = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 
 OWN = """
@@ -119,11 +124,53 @@ def test_losses_are_float32_whatever_autocast_left(task: str) -> None:
     assert metric_collection(made, 3)(made.predict(outputs), targets)
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_the_built_in_metrics_are_those_that_job_files_may_name(task: str) -> None:
-    metrics = metric_collection(load_task(_spec(task=task), 3, Y), 3)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", ["none", "balanced", [0.5, 2.0]], ids=str)
+def test_binary_is_classification_by_one_logit(weights: Any, smoothing: float) -> None:
+    settings = {"label_smoothing": smoothing, "class_weights": weights}
+    numbers = (Y > 0).astype(np.int64)
+    logits, targets = LOGITS[:, :1], torch.from_numpy(numbers)
+    binary, two = load_task(_spec(task="binary", **settings), 1, numbers), load_task(_spec(**settings), 2, numbers)
+    both = torch.cat([torch.zeros_like(logits), logits], dim=1)
 
-    assert {*metrics.keys(), "val_loss"} == set(METRICS[task])
+    torch.testing.assert_close(sample_losses(binary, logits, targets), sample_losses(two, both, targets))
+    torch.testing.assert_close(validation_losses(binary, logits, targets), validation_losses(two, both, targets))
+    assert total_weight(binary, numbers) == pytest.approx(total_weight(two, numbers))
+    torch.testing.assert_close(binary.predict(logits), both.softmax(dim=1)[:, 1])
+
+
+def test_the_loss_of_labels_is_the_mean_over_them() -> None:
+    task = load_task(_spec(task="multilabel"), 3, MARKS)
+    targets = torch.from_numpy(MARKS)
+    each = functional.binary_cross_entropy_with_logits(LOGITS, targets.float(), reduction="none")
+
+    torch.testing.assert_close(sample_losses(task, LOGITS, targets), each.mean(dim=1))
+    assert output_shape(task, 3, MARKS) == (3,)
+
+
+def test_the_loss_of_a_language_is_the_mean_over_positions_and_gives_the_perplexity() -> None:
+    logits = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(1))
+    tokens = np.arange(30).reshape(6, 5) % 7
+    task, targets = load_task(_spec(task="language"), 7, tokens), torch.from_numpy(tokens)
+    losses = sample_losses(task, logits, targets)
+    metrics = metric_collection(task, 7)
+    metrics.update(task.predict(logits), targets)
+
+    torch.testing.assert_close(losses.mean(), functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    assert metrics_of_loss(task, losses.mean().item()) == {
+        "val_perplexity": pytest.approx(perplexity(logits, targets).item(), rel=1e-5)
+    }
+    assert metrics_of_loss(task, 1e4) == {"val_perplexity": math.inf}
+    assert metrics.compute()["val_token_accuracy"] == (logits.argmax(dim=2) == targets).float().mean()
+    assert output_shape(task, 7, tokens) == (5, 7)
+
+
+@pytest.mark.parametrize("task", list(METRICS))
+def test_the_built_in_metrics_are_those_that_job_files_may_name(task: str) -> None:
+    made = load_task(_spec(task=task), 3, Y)
+    metrics = metric_collection(made, 3)
+
+    assert {*metrics.keys(), *metrics_of_loss(made, 1.0), "val_loss"} == set(METRICS[task])
     assert not any(metric.sync_on_compute for metric in metrics.values())
 
 
@@ -132,6 +179,7 @@ def test_the_built_in_metrics_are_those_that_job_files_may_name(task: str) -> No
     [
         ({"class_weights": [1.0, 2.0]}, "training.class_weights: 2 weights for 3 classes"),
         ({"class_weights": [1.0, 2.0, 3.0, 4.0]}, "training.class_weights: 4 weights for 3 classes"),
+        ({"task": "binary", "class_weights": [1.0]}, "training.class_weights: 1 weights for 2 classes"),
     ],
 )
 def test_weights_that_are_not_one_a_class_are_told(settings: dict[str, Any], fault: str) -> None:

@@ -71,10 +71,10 @@ class Actor:
 class Group:
     """A group of one worker, which is a thread of this process."""
 
-    def __init__(self, paths: RunPaths, data: TrainingArrays) -> None:
-        Journal.open(paths)
-        self.paths, self.actor = paths, Actor()
-        self.setup = GroupSetup(0, self.actor, data, 3, paths, attempt=1, threads_per_worker=1)
+    def __init__(self, paths: RunPaths, data: TrainingArrays, folds: tuple[TrainingArrays, ...] = ()) -> None:
+        self.paths, self.actor, self.journal = paths, Actor(), Journal.open(paths)
+        attempt = self.journal.attempt
+        self.setup = GroupSetup(0, self.actor, data, 3, paths, attempt, threads_per_worker=1, folds=folds)
         self.process = module._Process(self.setup, Member("here", "127.0.0.1", os.getpid(), 0, 1), torch.device("cpu"))
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()

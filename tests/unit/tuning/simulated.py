@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bigray.specs import JobSpec, SearchSpec, TrialSpec
@@ -12,7 +12,7 @@ from bigray.training.commands import Event
 from bigray.tuning.leg import Leg, LegResult, Outcome
 from bigray.tuning.policies import make_policy
 from bigray.tuning.proposals import make_proposer
-from bigray.tuning.sweep import Sweep
+from bigray.tuning.sweep import FoldOf, Sweep
 
 SPACE = {"lr": {"log_uniform": [1e-4, 1e-1]}, "global_batch_size": {"choice": [32, 64, 128]}}
 Curve = Callable[[TrialSpec, int], float]
@@ -56,6 +56,7 @@ class Simulation:
         reached: Curve = curve,
         recorded: Mapping[int, LegResult] | None = None,
         chapters: tuple[int, ...] = (),
+        folds: Sequence[FoldOf] = (),
     ) -> None:
         self.sweep = Sweep(
             search,
@@ -65,6 +66,7 @@ class Simulation:
             slots=slots,
             can_stack=stack,
             chapters=chapters,
+            folds=folds,
         )
         self._at_once, self._random = at_once or slots, random.Random(order_seed)
         self._stack, self._fate, self._reached = stack, fate or {}, reached

@@ -9,7 +9,7 @@ import pytest
 
 from bigray.errors import TrainingFailed
 from bigray.results import Finalist, TrialResult, TrialStatus
-from bigray.tuning.evidence import judge, judge_run, t_quantile, why_it_won
+from bigray.tuning.evidence import judge, judge_run, why_it_won
 
 CLEAR = (0.990, 0.991, 0.992, 0.991, 0.990)
 CLOSE = (0.985, 0.995, 0.990, 0.996, 0.987)
@@ -71,6 +71,28 @@ def test_without_finalists_or_before_a_seed_has_a_value_nobody_is_judged() -> No
     assert judge_run(results, _journal("000-mlp"), "val_accuracy", "max") == ()
 
 
+def _folds(trial_id: str, *values: float, usual: float = 0.9) -> list[TrialResult]:
+    of_folds = [_result(f"{trial_id}-fold{number}", value) for number, value in enumerate(values, start=1)]
+    return [_result(trial_id, 0.8), *of_folds, _result(f"{trial_id}-usual", usual)]
+
+
+def test_finalists_on_folds_are_judged_by_them_and_deployed_as_trained_on_the_usual_split() -> None:
+    results = [*_folds("000-mlp", 0.90, 0.91, usual=0.5), *_folds("001-cnn", 0.70, 0.71)]
+    journal = [{"kind": "finalists", "trials": ["000-mlp", "001-cnn"], "folds": 2}]
+    (winner, other) = judge_run(results, journal, "val_accuracy", "max")
+
+    assert (winner.trial_id, winner.values, winner.over) == ("000-mlp", (0.90, 0.91), "folds")
+    assert winner.best_seed_trial == "000-mlp-usual"
+    assert other.trial_id == "001-cnn"
+
+
+def test_a_finalist_on_folds_whose_trial_on_the_usual_split_diverged_cannot_win() -> None:
+    results = [*_folds("000-mlp", 0.90, 0.91, usual=math.nan), *_folds("001-cnn", 0.70, 0.71)]
+    journal = [{"kind": "finalists", "trials": ["000-mlp", "001-cnn"], "folds": 2}]
+
+    assert judge_run(results, journal, "val_accuracy", "max")[0].trial_id == "001-cnn"
+
+
 def test_the_latency_of_a_finalist_is_the_median_of_its_seeds() -> None:
     results = [_result("000-mlp", 0.8), *_seeds("000-mlp", 0.9, 0.91), _result("001-cnn", 0.8)]
     results += _seeds("001-cnn", 0.9, 0.91)
@@ -88,15 +110,6 @@ def test_the_interval_is_student_s() -> None:
     half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)
     assert finalist.mean == 3.0
     assert (finalist.low, finalist.high) == pytest.approx((3 - half, 3 + half), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"),
-    # NIST/SEMATECH e-Handbook of Statistical Methods, table 1.3.6.7.2, column 0.975
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (30, 2.042), (100, 1.984)],
-)
-def test_the_quantiles_are_those_of_the_table(degrees: int, expected: float) -> None:
-    assert t_quantile(degrees) == pytest.approx(expected, abs=5e-4)
 
 
 def test_the_better_mean_wins_where_the_intervals_do_not_overlap_whatever_it_costs() -> None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
+from bigray.cross_validation import of_fold
 from bigray.specs import TrialSpec
 from bigray.training.commands import TrainStack, TrainTo
 from bigray.tuning.leg import Leg, LegResult, Outcome
@@ -313,6 +315,19 @@ class TestFinalists:
         source = trials[simulation.sweep.finalists[0]]
         assert len({trial.seed for trial in [*again, source]}) == 4
         assert {trial.training.lr for trial in again} == {source.training.lr}
+
+    def test_with_folds_each_is_trained_on_them_and_on_the_usual_split_instead(self) -> None:
+        folds = [partial(of_fold, fold=number) for number in range(3)]
+        simulation = Simulation(make_job(), make_search(finalists=2), folds=folds).run()
+
+        trials = {t.trial_id: t for leg in simulation.legs for t in leg.trials}
+        for finalist in simulation.sweep.finalists:
+            again = {name: trial.fold for name, trial in trials.items() if name.startswith(f"{finalist}-")}
+            names = (f"{finalist}-fold1", f"{finalist}-fold2", f"{finalist}-fold3", f"{finalist}-usual")
+            assert again == dict(zip(names, (0, 1, 2, None), strict=True))
+            assert {simulation.epochs[name] for name in names} == {20}
+            assert all(trials[name].training == trials[finalist].training for name in names)
+        assert [event.values["folds"] for event in simulation.news if event.kind == "finalists"] == [3]
 
     def test_no_other_seed_changes_what_the_scheduler_knows(self) -> None:
         plain = Simulation(make_job(), make_search()).run()
