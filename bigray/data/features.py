@@ -5,8 +5,9 @@ Training, offline prediction and the replica all come through here, so a row mea
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -66,10 +67,12 @@ class FeatureSchema(BaseModel):
             raise SpecError("records: expected a list with at least one row")
         values = self._values(records)
         quick = _plain_numbers(values, self.input_shape)
-        return self.checked(values if quick is None else quick)
+        return self.checked(values) if quick is None else quick
 
     def checked(self, values: Any) -> FloatArray:
         """Nested numbers or an array -> float32 array (rows, *input_shape), or `SpecError` naming what is wrong."""
+        if isinstance(values, np.ndarray) and values.dtype == np.float32 and self._has_rows(values):
+            return self._finite(values)
         expected = f"({', '.join(('rows', *map(str, self.input_shape)))})"
         if isinstance(values, list) and holds_text(values):
             raise SpecError(f"{self.tensor_name}: expected numbers, got {_example_of_non_number(values)}")
@@ -79,13 +82,18 @@ class FeatureSchema(BaseModel):
             raise SpecError(f"{self.tensor_name}: ragged values, expected shape {expected}") from None
         if array.dtype.kind not in "iufb" or array.dtype == np.bool_:
             raise SpecError(f"{self.tensor_name}: expected numbers, got {_example_of_non_number(values)}")
-        if array.shape[1:] != self.input_shape or array.shape[0] == 0:
+        if not self._has_rows(array):
             raise SpecError(f"{self.tensor_name}: wrong shape {array.shape}, expected {expected}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-            result = array.astype(np.float32, copy=False)
-        if not np.isfinite(result).all():
+            return self._finite(array.astype(np.float32, copy=False))
+
+    def _has_rows(self, values: NDArray[Any]) -> bool:
+        return values.shape[1:] == self.input_shape and len(values) > 0
+
+    def _finite(self, values: FloatArray) -> FloatArray:
+        if not _holds_throughout(np.isfinite(values)):
             raise SpecError(f"{self.tensor_name}: NaN or infinite values are not accepted")
-        return np.ascontiguousarray(result)
+        return np.ascontiguousarray(values)
 
     def _values(self, records: Sequence[Mapping[str, Any]]) -> list[Any]:
         names = [column.name for column in self.columns]
@@ -111,32 +119,44 @@ def holds_text(values: list[Any]) -> bool:
     return False
 
 
-def _plain_numbers(rows: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float64] | None:
-    """Nested lists of plain numbers -> (rows, *shape), two to three times as fast as numpy looks through them.
+def _holds_throughout(mask: NDArray[np.bool_]) -> bool:
+    """`mask.all()`, in a fraction of its time where there are only the numbers of one row."""
+    return int(np.count_nonzero(mask)) == mask.size
+
+
+def _plain_numbers(rows: Sequence[Any], shape: tuple[int, ...]) -> FloatArray | None:
+    """Nested lists of plain numbers -> checked float32 array (rows, *shape), three times as fast as numpy looks through
+    them.
 
     None for anything else, which `checked` then names.
     """
-    numbers = array("d")
+    packed: list[bytes] = []
+    pack = _packer(shape[-1])
     try:
         for row in rows:
-            _gather(row, shape, numbers)
-    except (TypeError, OverflowError, ValueError):
+            _gather(row, shape, pack, packed)
+    except (TypeError, OverflowError, ValueError, struct.error):
         return None
-    found = np.frombuffer(numbers, dtype=np.float64).reshape(len(rows), *shape)
-    # whole numbers beyond that are not exact as doubles, and NaN is to be refused by name
-    return found if (np.abs(found) < 2**53).all() else None
+    found: FloatArray = np.ndarray((len(rows), *shape), np.float32, bytearray().join(packed))
+    # whole numbers beyond that are not exact as doubles, from which they were rounded; NaN is to be refused by name
+    return found if _holds_throughout(np.abs(found) < 2**53) else None
 
 
-def _gather(values: Any, shape: tuple[int, ...], numbers: array[float]) -> None:
-    if len(values) != shape[0] or type(values) is not list:
+@lru_cache(16)
+def _packer(length: int) -> Callable[..., bytes]:
+    return struct.Struct(f"{length}f").pack
+
+
+def _gather(values: Any, shape: tuple[int, ...], pack: Callable[..., bytes], packed: list[bytes]) -> None:
+    if type(values) is not list or len(values) != shape[0]:
         raise ValueError("not this shape")
     if len(shape) > 1:
         for inner in values:
-            _gather(inner, shape[1:], numbers)
+            _gather(inner, shape[1:], pack, packed)
         return
     if type(values[0]) is bool:  # counts as a number here, and nowhere else
         raise TypeError("not a number")
-    numbers.fromlist(values)
+    packed.append(pack(*values))
 
 
 def column_to_numpy(table: pa.Table, name: str) -> NDArray[Any]:
