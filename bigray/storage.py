@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from bigray.errors import CorruptFile, DiskFull, StorageError
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 """Ending of a file that is being written; one that stays was left by a process that died."""
+CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]*:[^/\s]*@")
+"""A name and a secret in front of a URI's host."""
 CHUNK_BYTES = 1 << 20
 """Hashed and written at a time: small enough to be in the cache for both, large enough to cost no time in calls."""
 
@@ -173,9 +176,15 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     """Storage rooted at a local path or at a URI that `pyarrow.fs` knows.
 
     Raises:
-        StorageError: the scheme is unknown or its filesystem cannot be opened.
+        StorageError: the scheme is unknown or its filesystem cannot be opened; or the URI holds a secret, which would
+            end in logs, journals, command lines and bundles.
     """
     text = os.fspath(uri)
+    if "://" in text and (secret := CREDENTIALS.search(text)):
+        raise StorageError(
+            f"{text.replace(secret[0], '***@')}: a URI may hold no key and secret; set them in the environment "
+            f"(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
+        )
     if "://" not in text:
         return Storage(fs.LocalFileSystem(), str(Path(text).expanduser().absolute()), text.rstrip("/") or "/")
     try:

@@ -7,11 +7,11 @@ number: what it stands for is told by the column's kind (`bigray.data.codes`). `
 from __future__ import annotations
 
 import base64
-from array import array
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -102,7 +102,7 @@ class FeatureSchema(BaseModel):
         if not self.is_plain:
             return encode_rows(self.columns, self._encoders, values)
         quick = _plain_numbers(values, self.input_shape)
-        return self.checked(values if quick is None else quick)
+        return self.checked(values) if quick is None else quick
 
     def to_records(self, codes: FloatArray) -> list[dict[str, Any]]:
         """Codes (rows, *input_shape) -> JSON records that have them, such as a caller would send."""
@@ -118,6 +118,8 @@ class FeatureSchema(BaseModel):
 
         The values are raw ones in the order of the columns: 3 in a column of categories is the category "3".
         """
+        if self.is_plain and isinstance(values, np.ndarray) and values.dtype == np.float32 and self._has_rows(values):
+            return self._finite(values)
         expected = f"({', '.join(('rows', *map(str, self.input_shape)))})"
         if not self.is_plain:
             return self._checked_rows(values, expected)
@@ -131,13 +133,18 @@ class FeatureSchema(BaseModel):
             raise SpecError(f"{self.tensor_name}: ragged values, expected shape {expected}") from None
         if array.dtype.kind not in "iufb" or array.dtype == np.bool_:
             raise SpecError(f"{self.tensor_name}: expected numbers, got {_example_of_non_number(values)}")
-        if array.shape[1:] != self.input_shape or array.shape[0] == 0:
+        if not self._has_rows(array):
             raise SpecError(f"{self.tensor_name}: wrong shape {array.shape}, expected {expected}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-            result = array.astype(np.float32, copy=False)
-        if not np.isfinite(result).all():
+            return self._finite(array.astype(np.float32, copy=False))
+
+    def _has_rows(self, values: NDArray[Any]) -> bool:
+        return values.shape[1:] == self.input_shape and len(values) > 0
+
+    def _finite(self, values: FloatArray) -> FloatArray:
+        if not _holds_throughout(np.isfinite(values)):
             raise SpecError(f"{self.tensor_name}: NaN or infinite values are not accepted")
-        return np.ascontiguousarray(result)
+        return np.ascontiguousarray(values)
 
     def __getstate__(self) -> dict[Any, Any]:
         """Without what was worked out from the columns: functions cannot go to another process."""
@@ -254,32 +261,44 @@ def holds_text(values: list[Any]) -> bool:
     return False
 
 
-def _plain_numbers(rows: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float64] | None:
-    """Nested lists of plain numbers -> (rows, *shape), two to three times as fast as numpy looks through them.
+def _holds_throughout(mask: NDArray[np.bool_]) -> bool:
+    """`mask.all()`, in a fraction of its time where there are only the numbers of one row."""
+    return int(np.count_nonzero(mask)) == mask.size
+
+
+def _plain_numbers(rows: Sequence[Any], shape: tuple[int, ...]) -> FloatArray | None:
+    """Nested lists of plain numbers -> checked float32 array (rows, *shape), three times as fast as numpy looks through
+    them.
 
     None for anything else, which `checked` then names.
     """
-    numbers = array("d")
+    packed: list[bytes] = []
+    pack = _packer(shape[-1])
     try:
         for row in rows:
-            _gather(row, shape, numbers)
-    except (TypeError, OverflowError, ValueError):
+            _gather(row, shape, pack, packed)
+    except (TypeError, OverflowError, ValueError, struct.error):
         return None
-    found = np.frombuffer(numbers, dtype=np.float64).reshape(len(rows), *shape)
-    # whole numbers beyond that are not exact as doubles, and NaN is to be refused by name
-    return found if (np.abs(found) < 2**53).all() else None
+    found: FloatArray = np.ndarray((len(rows), *shape), np.float32, bytearray().join(packed))
+    # whole numbers beyond that are not exact as doubles, from which they were rounded; NaN is to be refused by name
+    return found if _holds_throughout(np.abs(found) < 2**53) else None
 
 
-def _gather(values: Any, shape: tuple[int, ...], numbers: array[float]) -> None:
-    if len(values) != shape[0] or type(values) is not list:
+@lru_cache(16)
+def _packer(length: int) -> Callable[..., bytes]:
+    return struct.Struct(f"{length}f").pack
+
+
+def _gather(values: Any, shape: tuple[int, ...], pack: Callable[..., bytes], packed: list[bytes]) -> None:
+    if type(values) is not list or len(values) != shape[0]:
         raise ValueError("not this shape")
     if len(shape) > 1:
         for inner in values:
-            _gather(inner, shape[1:], numbers)
+            _gather(inner, shape[1:], pack, packed)
         return
     if type(values[0]) is bool:  # counts as a number here, and nowhere else
         raise TypeError("not a number")
-    numbers.fromlist(values)
+    packed.append(pack(*values))
 
 
 def column_to_numpy(table: pa.Table, name: str) -> NDArray[Any]:

@@ -7,36 +7,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
 
 from bigray.errors import SpecError
-from bigray.serve.http import Answer, Headers, Refusal, Request
-from bigray.serve.loaded import LoadedModel
+from bigray.inference import Predictions
+from bigray.serve.exchange import Exchange, content_length
+from bigray.serve.http import TRY_AGAIN, Answer, Headers, Refusal, Request
 from bigray.serve.observe.access_log import AccessLog
 from bigray.serve.observe.telemetry import MODEL_ROUTES, Telemetry
+from bigray.serve.pictures import PictureDesk, is_picture
 from bigray.serve.protect.guard import Guard
-from bigray.serve.routes import OPEN, Route, Router
+from bigray.serve.routes import OPEN, Question, Route, Router
 from bigray.serve.store import ModelStore
-from bigray.serve.under_way import CLOSE, Attended, UnderWay
+from bigray.serve.under_way import CLOSE, GONE, Attended, UnderWay
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Reply = Callable[[Answer, Headers], None]
 
 DRAINED_BYTES = 64 * 2**20
 """A body over the limit is read to its end up to this size, since a client that is still sending cannot read an answer;
 of a larger one the connection is closed."""
+BODIES_AT_ONCE, LEAST_HELD_BYTES = 4, 256 * 2**20
+"""Bodies that come in parts are held up to so many of the largest allowed, or that many bytes where it is more: they
+come as slowly as their senders like. A body that comes in one piece is decoded before the next one is looked at."""
 TICK_S = 0.2
-ID_BYTES = 8
-LONGEST_ID = 128
-MOST_HEADERS, MOST_HEADER_BYTES = 128, 64 * 1024
 
 # Serve sends this logger to the replica's own log file
 _logger = logging.getLogger("ray.serve")
@@ -70,6 +73,9 @@ class ModelApp:
         self._store, self._router, self._guard = store, router, guard
         self._telemetry, self._limits, self._access_log = telemetry, limits, access_log
         self._under_way = UnderWay(limits.body_timeout_s)
+        self._pictures = PictureDesk()
+        self._held_bytes = 0
+        self._most_held_bytes = max(BODIES_AT_ONCE * limits.max_body_bytes, LEAST_HELD_BYTES)
         self._ticking: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,78 +87,146 @@ class ModelApp:
             await send({"type": "websocket.close", "code": 1003})
 
     async def _answer_http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._ticking is None or self._ticking.done():
-            self._start_ticking()
-        started = time.perf_counter()
-        exchange = _Exchange(scope, dict(scope["headers"]), self._under_way.begin(receive))
+        self._see_to_ticking()
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        exchange = Exchange(scope["method"], path, scope["headers"], scope.get("client"))
+        attended = self._under_way.begin(receive)
         try:
-            answer = await self._answer(exchange, receive)
+            answer = await self._answer(exchange, attended)
         except asyncio.CancelledError:
-            refusal = exchange.attended.fault
-            if refusal is None or exchange.attended.task is None:
+            refusal = attended.fault
+            if refusal is None or attended.task is None:
                 raise
-            if exchange.attended.task.uncancel() > 0:
+            if attended.task.uncancel() > 0:
                 raise  # the server ends it as well
-            self._count_refusal(refusal, exchange)
-            answer = _error(refusal.status, refusal.message, refusal.headers)
-        except Refusal as refusal:
-            self._count_refusal(refusal, exchange)
-            answer = _error(refusal.status, refusal.message, refusal.headers)
-        except SpecError as error:
-            answer = _error(400, _one_line(str(error)))
-        except Exception:
-            _logger.exception("bigray: a request failed")
-            answer = _error(500, "internal error; the replica's log has the details")
+            answer = self._refused(refusal, exchange)
+        except Exception as error:
+            answer = self._refused(error, exchange)
         finally:
-            self._under_way.end(exchange.attended)
+            self._under_way.end(attended)
+            self._held_bytes -= exchange.held_bytes
             if exchange.is_model_route:
                 self._telemetry.ongoing(-1)
-        self._record(exchange, answer, time.perf_counter() - started)
-        await _send_answer(send, answer, exchange.answer_headers(self._store))
+        self._record(exchange, answer)
+        await _send_answer(send, answer, exchange.answer_headers(self._store.view.live.version))
 
-    async def _answer(self, exchange: _Exchange, receive: Receive) -> Answer:
-        _check_headers(exchange.scope["headers"])
+    def quick_route(self, exchange: Exchange) -> Route | None:
+        """Where a POST leads that `answer_soon` answers.
+
+        None where it takes the ASGI way: what asks no model, a picture, a body over the limit, a model to be loaded.
+        """
+        if content_length(exchange.headers) > self._limits.max_body_bytes or is_picture(exchange.headers):
+            return None
+        try:
+            route = self._router.find(exchange.path, exchange.method)
+        except Refusal:
+            return None
+        is_quick = route.handler is None and (route.model is None or self._store.is_loaded(route.model))
+        return route if is_quick else None
+
+    def answer_soon(self, exchange: Exchange, route: Route, body: bytes, reply: Reply) -> asyncio.Future[Any] | None:
+        """Answer a request whose body is here without a task for it: `reply` is called once.
+
+        It is called at once, or when the future that is returned is done. To cancel that is to give the request up.
+        """
+        self._see_to_ticking()
+        exchange.body_bytes = len(body)
+        try:
+            exchange.check_headers()
+            self._admit(exchange, route)
+            chosen = self._store.find(route.model, route.version, exchange.sticky())
+            chosen.batcher.check_room()
+            question = route.decode(Request(exchange.method, exchange.path, exchange.headers, body), chosen)
+            exchange.rows = len(question.rows)
+            exchange.answered = chosen
+            asked = self._store.ask(chosen, question.rows)
+        except Exception as error:
+            self._reply(exchange, self._refused(error, exchange), reply)
+            return None
+        asked.add_done_callback(partial(self._on_answer, exchange, question, reply))
+        return asked
+
+    def _on_answer(self, exchange: Exchange, question: Question, reply: Reply, asked: asyncio.Future[Any]) -> None:
+        try:
+            result = asked.result()
+            if not isinstance(result, Predictions):
+                result, exchange.answered = result
+            assert exchange.answered is not None, "it was set before it was asked"
+            answer = question.encode(result, exchange.answered)
+        except asyncio.CancelledError:
+            answer = self._refused(Refusal(499, GONE), exchange)
+        except Exception as error:
+            answer = self._refused(error, exchange)
+        self._reply(exchange, answer, reply)
+
+    def _reply(self, exchange: Exchange, answer: Answer, reply: Reply) -> None:
+        if exchange.is_model_route:
+            self._telemetry.ongoing(-1)
+        self._record(exchange, answer)
+        reply(answer, exchange.answer_headers(self._store.view.live.version))
+
+    async def _answer(self, exchange: Exchange, attended: Attended) -> Answer:
+        exchange.check_headers()
         route = self._router.find(exchange.path, exchange.method)
-        exchange.route = route.kind
-        if route.kind in MODEL_ROUTES:
-            exchange.is_model_route = True
-            self._telemetry.ongoing(1)
-        if route.scope != OPEN:
-            key = self._guard.authorize(exchange.headers, route.scope)
-            exchange.key_id = key.id if key is not None else ""
-        body = await self._read_body(exchange, receive)
+        self._admit(exchange, route)
+        if route.handler is None:
+            self._check_room(exchange, route)
+        body = await self._read_body(exchange, attended)
         request = Request(exchange.method, exchange.path, exchange.headers, body)
         if route.handler is not None:
             return await route.handler(request)
         return await self._ask_model(exchange, route, request)
 
-    async def _ask_model(self, exchange: _Exchange, route: Route, request: Request) -> Answer:
+    def _admit(self, exchange: Exchange, route: Route) -> None:
+        """Count a request, and refuse one whose caller may not ask."""
+        exchange.route = route.kind
+        if route.kind in MODEL_ROUTES:
+            exchange.is_model_route = True
+            self._telemetry.ongoing(1)
+        if route.model is not None and self._store.knows(route.model):  # else callers could make labels of metrics
+            exchange.model = route.model
+        if route.scope != OPEN:
+            key = self._guard.authorize(exchange.headers, route.scope)
+            exchange.key_id = key.id if key is not None else ""
+
+    def _check_room(self, exchange: Exchange, route: Route) -> None:
+        """Refuse what would wait too long before its body is read; a model that is not in memory has room."""
+        if is_picture(exchange.headers):
+            self._pictures.check_room()
+        if route.model is None or self._store.is_loaded(route.model):
+            self._store.find(route.model, route.version, exchange.sticky()).batcher.check_room()
+
+    async def _ask_model(self, exchange: Exchange, route: Route, request: Request) -> Answer:
         name = route.model
         if name is not None and not self._store.is_loaded(name):
             await self._store.load(name)
         chosen = self._store.find(name, route.version, exchange.sticky())
-        chosen.batcher.check_room()  # before the body is decoded: refusing has to be cheap
-        question = route.decode(request, chosen)
+        chosen.batcher.check_room()  # again: the body may have come slowly, and to decode one that is refused is dear
+        if is_picture(request.headers):
+            question = await self._pictures.run(route.decode, request, chosen)
+        else:
+            question = route.decode(request, chosen)
         exchange.rows = len(question.rows)
         exchange.answered = chosen  # what fails from here on is this version's
         predictions, exchange.answered = await self._store.predict(chosen, question.rows)
         return question.encode(predictions, exchange.answered)
 
-    async def _read_body(self, exchange: _Exchange, receive: Receive) -> bytes:
-        message = await receive()
+    async def _read_body(self, exchange: Exchange, attended: Attended) -> bytes:
+        message = await attended.receive()
         body: bytes = message.get("body", b"")
         if message.get("more_body", False):
-            body = await self._read_rest(exchange, receive, body)
-        exchange.attended.is_reading = False
+            body = await self._read_rest(exchange, attended.receive, body)
+        attended.is_reading = False
         exchange.body_bytes = len(body)
         if len(body) > self._limits.max_body_bytes:
             raise self._too_large(len(body))
         return body
 
-    async def _read_rest(self, exchange: _Exchange, receive: Receive, first: bytes) -> bytes:
-        announced = _content_length(exchange.headers)
+    async def _read_rest(self, exchange: Exchange, receive: Receive, first: bytes) -> bytes:
+        announced = content_length(exchange.headers)
         if announced > max(DRAINED_BYTES, self._limits.max_body_bytes):
             raise self._too_large(announced, CLOSE)
+        self._hold(exchange, len(first))
         chunks, size, more = [first], len(first), True
         while more:
             message = await receive()
@@ -163,11 +237,22 @@ class ModelApp:
             if size > max(DRAINED_BYTES, self._limits.max_body_bytes):
                 raise self._too_large(size, CLOSE)
             if size <= self._limits.max_body_bytes:
+                self._hold(exchange, len(chunk))
                 chunks.append(chunk)
             more = message.get("more_body", False)
         if size > self._limits.max_body_bytes:
             raise self._too_large(size)
         return b"".join(chunks)
+
+    def _hold(self, exchange: Exchange, size: int) -> None:
+        """Count bytes that stay in memory until the request is answered."""
+        exchange.held_bytes += size
+        self._held_bytes += size
+        if self._held_bytes > self._most_held_bytes:
+            held_mb = self._most_held_bytes / 2**20
+            raise Refusal(
+                503, f"overloaded: bodies of {held_mb:g} MB are being read; try again later", (*TRY_AGAIN, *CLOSE)
+            )
 
     def _too_large(self, size: int, headers: Headers = ()) -> Refusal:
         limit_mb = self._limits.max_body_bytes / 2**20
@@ -190,6 +275,10 @@ class ModelApp:
             if is_end:
                 return
 
+    def _see_to_ticking(self) -> None:
+        if self._ticking is None or self._ticking.done():
+            self._start_ticking()
+
     def _start_ticking(self) -> None:
         self._ticking = asyncio.get_running_loop().create_task(self._keep_ticking())
 
@@ -199,13 +288,24 @@ class ModelApp:
             self._tick()
             await asyncio.sleep(TICK_S)
 
-    def _count_refusal(self, refusal: Refusal, exchange: _Exchange) -> None:
+    def _refused(self, error: Exception, exchange: Exchange) -> Answer:
+        """What to answer where there is no answer."""
+        if isinstance(error, Refusal):
+            self._count_refusal(error, exchange)
+            return _error(error.status, error.message, error.headers)
+        if isinstance(error, SpecError):
+            return _error(400, _one_line(str(error)))
+        _logger.error("bigray: a request failed", exc_info=error)
+        return _error(500, "internal error; the replica's log has the details")
+
+    def _count_refusal(self, refusal: Refusal, exchange: Exchange) -> None:
         if refusal.status == 503 and exchange.is_model_route:
-            self._telemetry.shed(self._store.view.live.name)
+            self._telemetry.shed(exchange.model or self._store.view.live.name)
         elif refusal.status in (401, 403, 408, 413, 429):
             self._telemetry.refused(str(refusal.status))
 
-    def _record(self, exchange: _Exchange, answer: Answer, seconds: float) -> None:
+    def _record(self, exchange: Exchange, answer: Answer) -> None:
+        seconds = time.perf_counter() - exchange.started
         model = exchange.answered
         name, version = (model.name, model.version) if model is not None else ("", "")
         self._telemetry.record(
@@ -227,72 +327,11 @@ class ModelApp:
             )
 
 
-class _Exchange:
-    """What becomes known of one request on its way."""
-
-    __slots__ = (
-        "_id",
-        "answered",
-        "attended",
-        "body_bytes",
-        "headers",
-        "is_model_route",
-        "key_id",
-        "method",
-        "path",
-        "route",
-        "rows",
-        "scope",
-    )
-
-    def __init__(self, scope: Scope, headers: Mapping[bytes, bytes], attended: Attended) -> None:
-        self.scope, self.headers, self.attended = scope, headers, attended
-        self.method: str = scope["method"]
-        self.path: str = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        self.route, self.key_id, self.rows, self.body_bytes = "other", "", 0, 0
-        self.is_model_route = False
-        self.answered: LoadedModel | None = None
-        self._id = ""
-
-    def request_id(self) -> str:
-        """The caller's own where it is harmless to repeat, else one of ours."""
-        if not self._id:
-            given = self.headers.get(b"x-request-id", b"")[:LONGEST_ID].decode("ascii", "ignore")
-            self._id = given if given and given.isprintable() else os.urandom(ID_BYTES).hex()
-        return self._id
-
-    def sticky(self) -> str:
-        """What stays the same from one request of a caller to the next, where the caller says so.
-
-        Else each request is a caller of its own: behind a proxy all have one address, and one API key may stand for
-        all users of a service, so either would put the whole traffic on one side of a canary.
-        """
-        given = self.headers.get(b"x-bigray-key") or self.headers.get(b"x-forwarded-for")
-        return given.decode("latin-1") if given else self.request_id()
-
-    def client(self) -> str:
-        forwarded = self.headers.get(b"x-forwarded-for")
-        if forwarded:
-            return forwarded.decode("latin-1")
-        client = self.scope.get("client")
-        return str(client[0]) if client else ""
-
-    def answer_headers(self, store: ModelStore) -> Headers:
-        version = self.answered.version if self.answered is not None else store.view.live.version
-        return ((b"x-bigray-version", version.encode()), (b"x-request-id", self.request_id().encode()))
-
-
 async def _send_answer(send: Send, answer: Answer, headers: Headers) -> None:
     length = (b"content-length", str(len(answer.body)).encode())
     sent = ((b"content-type", answer.content_type), length, *headers, *answer.headers)
     await send({"type": "http.response.start", "status": answer.status, "headers": sent})
     await send({"type": "http.response.body", "body": answer.body})
-
-
-def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """HAProxy has limits of its own; a replica can be reached without it, and its HTTP parser has none."""
-    if len(headers) > MOST_HEADERS or sum(len(name) + len(value) for name, value in headers) > MOST_HEADER_BYTES:
-        raise Refusal(431, f"headers: more than {MOST_HEADERS}, or {MOST_HEADER_BYTES // 1024} kB of them", CLOSE)
 
 
 def _error(status: int, message: str, headers: Headers = ()) -> Answer:
@@ -301,8 +340,3 @@ def _error(status: int, message: str, headers: Headers = ()) -> Answer:
 
 def _one_line(message: str) -> str:
     return "; ".join(message.splitlines())
-
-
-def _content_length(headers: Mapping[bytes, bytes]) -> int:
-    text = headers.get(b"content-length", b"")
-    return int(text) if text.isdigit() else 0

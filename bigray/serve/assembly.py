@@ -60,10 +60,12 @@ def assemble(
 
     Raises:
         CorruptFile, StorageError, DeployError: as for `load_model`.
+        SpecError: a further model has the name of this one.
     """
     telemetry = Telemetry()
     settings = _settings(args, num_threads)
     live = load_model(bundle, settings, telemetry)
+    args.check_own_name(live.name)
     telemetry.set_versions(live.name, live.version)
     prepare_images(live.manifest)
     others = {entry.name: _other(entry, settings, telemetry) for entry in args.models}

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +62,7 @@ class QueueLimits:
     """Requests that may wait, however small."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     rows: FloatArray
     future: asyncio.Future[Predictions]
     since: float
@@ -112,15 +112,24 @@ class Batcher:
         return time.monotonic() - self._queue[0].since if self._queue else 0.0
 
     def check_room(self) -> None:
-        """Raise a 503 where a request would wait longer than allowed; before its body is looked at."""
-        backlog_s = self._queued_rows * self._seconds_per_row
-        if self._queue and (backlog_s > self._limits.max_queue_s or len(self._queue) >= self._limits.max_requests):
-            retry_after_s = max(1, math.ceil(backlog_s))
-            raise Refusal(
-                503,
-                f"overloaded: {len(self._queue)} requests wait, about {backlog_s:.1f} s of work; try again later",
-                ((b"retry-after", str(retry_after_s).encode()),),
-            )
+        """Raise a 503 where a request would wait longer than allowed; asked before its body is read or decoded."""
+        if self.has_room():
+            return
+        backlog_s = self._backlog_s()
+        retry_after_s = max(1, math.ceil(backlog_s))
+        raise Refusal(
+            503,
+            f"overloaded: {len(self._queue)} requests wait, about {backlog_s:.1f} s of work; try again later",
+            ((b"retry-after", str(retry_after_s).encode()),),
+        )
+
+    def has_room(self) -> bool:
+        """Whether another request would be answered in the time allowed; an empty queue always has room."""
+        is_short = len(self._queue) < self._limits.max_requests and self._backlog_s() <= self._limits.max_queue_s
+        return is_short or not self._queue
+
+    def _backlog_s(self) -> float:
+        return self._queued_rows * self._seconds_per_row
 
     async def submit(self, rows: FloatArray) -> Predictions:
         """Predictions for these rows, which have passed validation; raises what `run` raises for them alone.
@@ -128,6 +137,10 @@ class Batcher:
         Raises:
             Refusal: 503, the queue is full.
         """
+        return await self.enqueue(rows)
+
+    def enqueue(self, rows: FloatArray) -> asyncio.Future[Predictions]:
+        """What `submit` waits for; a caller that goes away cancels it."""
         self.check_room()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Predictions] = loop.create_future()
@@ -137,7 +150,7 @@ class Batcher:
             self._busy = True
             # not at once: requests that arrived in this same turn of the loop should share the batch
             loop.call_soon(self._start_batch, loop)
-        return await future
+        return future
 
     def expire(self, timeout_s: float) -> None:
         """Answer with a 504 whoever has waited longer, in the queue or for a model that hangs; called now and then.
@@ -278,17 +291,14 @@ def _fastest(run: Run, batch: FloatArray) -> float:
 
 def _split(predictions: Predictions, lengths: list[int]) -> list[Predictions]:
     parts = []
+    labels, probabilities, values = predictions.labels, predictions.probabilities, predictions.values
     start = 0
     for length in lengths:
-        parts.append(_rows(predictions, start, start + length))
-        start += length
+        stop = start + length
+        if labels is not None and probabilities is not None:
+            parts.append(Predictions(labels[start:stop], probabilities[start:stop], None))
+        else:
+            assert values is not None, "a regression has them"
+            parts.append(Predictions(None, None, values[start:stop]))
+        start = stop
     return parts
-
-
-def _rows(predictions: Predictions, start: int, stop: int) -> Predictions:
-    labels, probabilities, values = predictions.labels, predictions.probabilities, predictions.values
-    return Predictions(
-        labels=None if labels is None else labels[start:stop],
-        probabilities=None if probabilities is None else probabilities[start:stop],
-        values=None if values is None else values[start:stop],
-    )

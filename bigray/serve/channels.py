@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from bigray.errors import DeployError
-from bigray.serve.config import ServeSpec
+from bigray.serve.config import JsonObject
 from bigray.serve.failures import first_error_line
 from bigray.serve.release.registry import Registry
 from bigray.serve.rollout import Channel
+from bigray.serve.turn import Turn
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
+
+POLL_S = 0.1
+GONE_WITHIN_S = 60.0
 
 
 def channel_of(client: ServeControllerClient, name: str) -> Channel | None:
@@ -37,58 +42,95 @@ def running_replicas(application: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(replica["replica_id"] for replica in replicas if replica["state"] == "RUNNING")
 
 
+def status_word(application: Mapping[str, Any]) -> str:
+    """Serve's own word for how an application is, out of its details."""
+    status = application.get("status", "NOT_STARTED")
+    return str(getattr(status, "value", status))  # Ray's states are enumerations of strings
+
+
+def take_down(client: ServeControllerClient, name: str) -> None:
+    """Delete an application, and wait until it is gone or another one is deployed in its place.
+
+    Raises:
+        TimeoutError: it is still on its way out.
+    """
+    with Turn():
+        _ask_to_delete(client, name)
+    _wait_until_gone(client, name)
+
+
 class Applied:
     """Hands an application's config in; where the block fails, Ctrl-C included, it is what it was again, or gone."""
 
-    def __init__(self, client: ServeControllerClient, spec: ServeSpec) -> None:
-        self._client, self._spec = client, spec
-        self._name = spec.application.name
-        self._earlier = self.deployed(client).get(self._name)
-        self.channel = Channel(Registry(self._name, spec.application.args.bundle), frozenset)
+    def __init__(self, client: ServeControllerClient, document: JsonObject) -> None:
+        """`document` is a file of Serve's with one application."""
+        self._client, self._document = client, document
+        (self._application,) = document["applications"]
+        self._name: str = self._application.get("name", "default")  # Serve's own default
+        self._earlier: JsonObject | None = None
+        self.channel = Channel(Registry(self._name, self._application["args"]["bundle"]), frozenset)
 
     @staticmethod
-    def deployed(client: ServeControllerClient) -> dict[str, dict[str, Any]]:
+    def deployed(client: ServeControllerClient) -> dict[str, JsonObject]:
         """The config of each application, by name; those deployed from Python rather than from a file have none."""
         applications = client.get_serve_details()["applications"]
         configs = {
             name: details.get("deployed_app_config")
             for name, details in applications.items()
-            # one that is on its way out must not be handed in again
-            if str(getattr(details["status"], "value", details["status"])) != "DELETING"
+            if status_word(details) != "DELETING"  # one that is on its way out must not be handed in again
         }
         return {name: config for name, config in configs.items() if config}
 
     def __enter__(self) -> Applied:
-        self._apply(self._spec.application_document())
+        with Turn():
+            deployed = self.deployed(self._client)
+            self._earlier = deployed.get(self._name)
+            self._apply(self._application, deployed)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None or not self._is_still_ours():
-            return
-        if self._earlier is None:
+        if kind is not None and self._undo():
             with contextlib.suppress(TimeoutError):  # it goes all the same; why the block failed is the story to tell
-                self._client.delete_apps([self._name])
+                _wait_until_gone(self._client, self._name)
             self.channel.forget()
-        else:
-            self._apply(self._earlier)
 
-    def _is_still_ours(self) -> bool:
-        """Whether nobody has deployed another config under this name meanwhile."""
-        now = self.deployed(self._client).get(self._name)
-        return now is None or now["args"] == self._spec.application_document()["args"]
+    def _undo(self) -> bool:
+        """Put back what was there; whether that was nothing, and the application is on its way out."""
+        with Turn():
+            deployed = self.deployed(self._client)
+            now = deployed.get(self._name)
+            if now is None or now["args"] != self._application["args"]:
+                return False  # somebody has deleted it meanwhile, or deployed another config under this name
+            if self._earlier is None:
+                _ask_to_delete(self._client, self._name)
+                return True
+            self._apply(self._earlier, deployed)
+            return False
 
-    def _apply(self, application: dict[str, Any]) -> None:
+    def _apply(self, application: JsonObject, deployed: Mapping[str, JsonObject]) -> None:
         """The step of `serve deploy`, which replaces everything served; so what runs already is handed in again."""
         from ray.serve.schema import ServeDeploySchema
 
-        document = self._spec.to_native()
-        document.pop("controller_options", None)
-        others = [config for name, config in self.deployed(self._client).items() if name != self._name]
+        document = {key: value for key, value in self._document.items() if key != "controller_options"}
+        others = [config for name, config in deployed.items() if name != self._name]
         document["applications"] = [*others, application]
         try:
             config = ServeDeploySchema.model_validate(document)
         except ValueError as error:
             raise DeployError(f"Ray refuses the serve file: {first_error_line(str(error))}") from error
         self._client.deploy_apps(config)
+
+
+def _ask_to_delete(client: ServeControllerClient, name: str) -> None:
+    client.delete_apps([name], blocking=False)
+    client.get_serve_details()  # is answered after that: from here on everybody sees that it is on its way out
+
+
+def _wait_until_gone(client: ServeControllerClient, name: str) -> None:
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while status_word(client.get_serve_details()["applications"].get(name, {})) == "DELETING":
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"application '{name}' is still on its way out")
+        time.sleep(POLL_S)

@@ -40,10 +40,9 @@ class SideBySide:
         """The predictions, and the version that made them."""
         try:
             predictions = await self._timed(chosen, rows)
-        except Refusal:
-            raise
-        except Exception:
-            if chosen is self.live:
+        except Exception as error:
+            is_full = isinstance(error, Refusal) and error.status == 503
+            if chosen is self.live or (isinstance(error, Refusal) and not is_full):
                 raise
             return await self._timed(self.live, rows), self.live
         other = self._other(chosen)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from bigray.cluster.plan import ServeNeeds
 from bigray.errors import SpecError
@@ -24,6 +24,14 @@ SCALING_POLICY = "bigray.serve.scaling.policy:ArrivalPolicy"
 GRPC_SERVICE = "bigray.serve.wire.grpc_service.add_inference_service"
 
 JsonObject = dict[str, Any]
+
+_SERVES_OWN_LIMITS = {
+    "max_ongoing_requests": "args.max_queued_requests",
+    "max_queued_requests": "args.max_queued_requests",
+    "request_timeout_s": "args.request_timeout_s",
+    "backpressure_config": "args.max_queue_s, and the answer is a 503 with Retry-After",
+}
+"""Limits that Serve puts around a request. HTTP goes past them to bigray's own (`direct.py`)."""
 
 
 class _Section(BaseModel):
@@ -83,6 +91,17 @@ class BundleArgs(_Section):
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"models: '{min(twice)}' is there twice")
         return self
+
+    def check_own_name(self, own: str) -> None:
+        """`own` is what the endpoint's bundle calls its model, which the file does not tell.
+
+        Raises:
+            SpecError: a further model has this name too, and nobody could ask it.
+        """
+        for number, entry in enumerate(self.models):
+            if entry.name == own:
+                place = f"applications.0.args.models.{number}.name"
+                raise SpecError(f"{place}: '{own}' is the endpoint's own model; give this one another name")
 
 
 class AutoscalingSection(_Section):
@@ -162,6 +181,11 @@ class DeploymentSection(_Section):
     rolling_update_percentage: float | None = Field(default=None, gt=0, le=1)
     max_surge_percent: int | None = Field(default=None, ge=0)
 
+    @field_validator("max_ongoing_requests", "max_queued_requests", "backpressure_config", mode="before")
+    @classmethod
+    def _limits_are_bigrays(cls, value: Any, info: ValidationInfo) -> Any:
+        return _refuse_serves_own(value, info)
+
     @model_validator(mode="after")
     def _one_way_to_count_replicas(self) -> DeploymentSection:
         if isinstance(self.num_replicas, int):
@@ -217,6 +241,11 @@ class HttpSection(_Section):
     ssl_certfile: str | None = None
     ssl_keyfile_password: str | None = None
     ssl_ca_certs: str | None = None
+
+    @field_validator("request_timeout_s", mode="before")
+    @classmethod
+    def _limits_are_bigrays(cls, value: Any, info: ValidationInfo) -> Any:
+        return _refuse_serves_own(value, info)
 
 
 class GrpcSection(_Section):
@@ -308,6 +337,14 @@ class ServeSpec(_Section):
         deployments = document.get("deployments") or [{"name": DEPLOYMENT}]
         document["deployments"] = [{"max_surge_percent": 100} | deployment for deployment in deployments]
         return document
+
+
+def _refuse_serves_own(value: Any, info: ValidationInfo) -> Any:
+    """What Serve would count for nothing must not look as if it counted."""
+    if value is not None:
+        key = str(info.field_name)
+        raise ValueError(f"Serve's own limit does not hold here; use {_SERVES_OWN_LIMITS[key]}")
+    return value
 
 
 def load_serve(path: str | Path) -> ServeSpec:

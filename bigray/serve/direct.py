@@ -23,13 +23,28 @@ def go_direct(app: ModelApp) -> None:
     """
     from ray.serve._private import constants, http_util, replica
 
-    if constants.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD:
-        return  # the server's event loop is not the application's then
+    from bigray.serve.fast_http import use_fast_http
+    from bigray.serve.heads import bound_heads
+
     start_server = replica.start_asgi_http_server
     add_request_id = http_util.RequestIdMiddleware.__call__
 
-    async def start_direct(serves_app: Any, *arguments: Any, **options: Any) -> Any:
-        return await start_server(DirectApp(app, serves_app), *arguments, **options)
+    async def start_bounded(*arguments: Any, **options: Any) -> Any:
+        serving, server = await start_server(*arguments, **options)
+        bound_heads(server, serving)  # the task begins when this one pauses
+        return serving, server
+
+    if constants.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD:
+        # the server's event loop is not the application's then
+        replica.start_asgi_http_server = start_bounded
+        return
+
+    async def start_direct(serves_app: Any, http_options: Any, **options: Any) -> Any:
+        direct = DirectApp(app, serves_app)
+        serving, server = await start_bounded(direct, http_options, **options)
+        if not http_options.middlewares:  # an operator's own have to see every request
+            use_fast_http(server.config, app, direct)
+        return serving, server
 
     async def call_middleware(self: Any, scope: Scope, receive: Receive, send: Send) -> None:
         if _is_ours(scope):
@@ -52,26 +67,34 @@ class DirectApp:
         if not _is_ours(scope):
             await self._serves_app(scope, receive, send)
             return
-        prefix = getattr(self._replica, "_route_prefix", None) or "/"
+        prefix = self._prefix()
         if prefix != "/":
             root = scope.get("root_path", "")
             if not scope["path"].removeprefix(root).startswith(prefix):
                 await self._serves_app(scope, receive, send)  # which answers that there is nothing
                 return
             scope["root_path"] = root + prefix
-        await self._counted(scope, receive, send)
-
-    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve's own count of requests stays right: its default autoscaling and its draining go by it."""
-        metrics = getattr(self._replica, "_metrics_manager", None)
-        if metrics is None:
-            await self._app(scope, receive, send)
-            return
-        metrics._num_ongoing_requests += 1
+        self.count(1)
         try:
             await self._app(scope, receive, send)
         finally:
-            metrics._num_ongoing_requests -= 1
+            self.count(-1)
+
+    def below_prefix(self, path: str) -> str | None:
+        """The path as the application knows it; None for another application's."""
+        prefix = self._prefix()
+        if prefix == "/":
+            return path
+        return path.removeprefix(prefix) if path.startswith(prefix) else None
+
+    def count(self, change: int) -> None:
+        """Serve's own count of requests stays right: its default autoscaling and its draining go by it."""
+        metrics = getattr(self._replica, "_metrics_manager", None)
+        if metrics is not None:
+            metrics._num_ongoing_requests += change
+
+    def _prefix(self) -> str:
+        return getattr(self._replica, "_route_prefix", None) or "/"
 
 
 def _is_ours(scope: Scope) -> bool:

@@ -84,6 +84,14 @@ class AskedModel:
     def manifest(self) -> BundleManifest:
         return self._model.manifest
 
+    def check_room(self) -> None:
+        """Raise a 503 before the request is decoded, where it would wait too long."""
+        try:
+            self._model.batcher.check_room()
+        except Refusal:
+            self._telemetry.shed(self._model.name)
+            raise
+
     async def submit(self, rows: FloatArray) -> Predictions:
         start, status = time.perf_counter(), FAILED
         self._telemetry.ongoing(1)

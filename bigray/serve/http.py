@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
 JSON = b"application/json"
+TRY_AGAIN: Headers = ((b"retry-after", b"1"),)
 
 
 class Refusal(Exception):
@@ -18,8 +19,7 @@ class Refusal(Exception):
         self.status, self.message, self.headers = status, message, headers
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A request whose body has been read (replica)."""
 
     method: str
@@ -34,8 +34,7 @@ class Request:
         return self.headers.get(name, b"").decode("latin-1")
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What goes back, but for the headers that every answer has."""
 
     body: bytes

@@ -86,12 +86,33 @@ def claim_folder(http_port: int) -> None:
     Raises:
         DeployError: the path is a link, a file or somebody else's folder: anybody may create names in /tmp.
     """
-    folder = haproxy_folder(http_port)
+    _claim(haproxy_folder(http_port), "choose another http_options.port")
+
+
+def claim_node_folder(socket_path: str, node_id: str) -> None:
+    """The same on the node where this runs, whoever started Serve (replica).
+
+    `bigray deploy` claims the folder of its own machine alone, and Ray's own tools none at all. `socket_path` is
+    Serve's RAY_SERVE_HAPROXY_SOCKET_PATH: Serve puts a folder of the node's between it and the file.
+
+    Raises:
+        DeployError: as for `claim_folder`, of the node's folder or the one that it lies in.
+    """
+    way_out = "set RAY_SERVE_HAPROXY_SOCKET_PATH to a folder of your own"
+    folder = Path(socket_path).parent / node_id
+    with contextlib.suppress(FileExistsError):
+        folder.parent.mkdir(mode=0o700, parents=True)
+    if folder.parent.lstat().st_uid not in (os.getuid(), 0):  # its owner can put another folder in the place of ours
+        raise DeployError(f"{folder.parent}: not a folder of this user; remove it, or {way_out}")
+    _claim(folder, way_out)
+
+
+def _claim(folder: Path, way_out: str) -> None:
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise DeployError(f"{folder}: not a folder of this user; remove it, or choose another http_options.port")
+        raise DeployError(f"{folder}: not a folder of this user; remove it, or {way_out}")
     folder.chmod(0o700)  # one that HAProxy made is readable by all
 
 

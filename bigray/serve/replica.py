@@ -15,6 +15,7 @@ from bigray.serve.assembly import assemble
 from bigray.serve.config import BundleArgs
 from bigray.serve.direct import go_direct
 from bigray.serve.grpc_backend import GrpcBackend
+from bigray.serve.ingress import claim_node_folder
 from bigray.serve.protect.exposure import check_exposure, check_grpc_exposure
 from bigray.serve.release.registry import Registry
 from bigray.serve.steward import Identity, Steward
@@ -35,6 +36,8 @@ class Model(InferenceMethods):
     def __init__(self, args: BundleArgs) -> None:
         # Ray's own tools deploy the same file: they start nothing that `bigray deploy` would refuse
         _check_exposure(args)
+        node_id = ray.get_runtime_context().get_node_id()
+        claim_socket_folder(node_id)
         context = serve.get_replica_context()
         registry = Registry(context.app_name, args.bundle)
         state = registry.read()
@@ -53,7 +56,7 @@ class Model(InferenceMethods):
             raise DeployError(f"{bundle}: holds version {found} now, not the live one, {state.live.version}")
         self._grpc_backend = GrpcBackend(self._endpoint)
         go_direct(self._endpoint.app)
-        identity = Identity(context.replica_tag, ray.get_runtime_context().get_node_id(), os.getpid())
+        identity = Identity(context.replica_tag, node_id, os.getpid())
         self._steward = Steward(
             registry,
             self._endpoint.store,
@@ -73,6 +76,21 @@ class Model(InferenceMethods):
         """What `ArrivalPolicy` decides by; Serve asks several times a second."""
         load = self._endpoint.telemetry.load(time.monotonic())
         return {f"bigray_{name}": float(value) for name, value in load.items()}  # type: ignore[arg-type]
+
+
+def claim_socket_folder(node_id: str) -> None:
+    """Keep HAProxy's admin socket on this node to this user, where HAProxy stands in front (replica).
+
+    Serve starts HAProxy on a node once a replica answers there, so the folder is claimed before it holds a socket;
+    where `serve run` has started HAProxy first, the folder is closed to others here.
+
+    Raises:
+        DeployError: as for `claim_node_folder`.
+    """
+    from ray.serve._private import constants
+
+    if constants.RAY_SERVE_ENABLE_HA_PROXY:
+        claim_node_folder(constants.RAY_SERVE_HAPROXY_SOCKET_PATH, node_id)
 
 
 def _check_exposure(args: BundleArgs) -> None:

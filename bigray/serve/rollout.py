@@ -18,6 +18,7 @@ from bigray.errors import DeployError
 from bigray.serve.clock import utc_now
 from bigray.serve.release.judge import JudgeLimits, Verdict, judge
 from bigray.serve.release.record import (
+    STALE_S,
     ChannelState,
     Comparison,
     Release,
@@ -25,10 +26,13 @@ from bigray.serve.release.record import (
     Rollout,
     abort,
     beat,
+    bring_back,
     finish,
     initial,
+    is_same,
     promote,
     propose,
+    take_over,
     withdraw,
 )
 from bigray.serve.release.registry import Registry, update
@@ -89,12 +93,38 @@ class Channel:
         """Go on with the history of a channel whose replicas are replaced by others, each with one version."""
         rollout = Rollout(kind="load", release=release)
         after = promote(propose(before, rollout), utc_now(), why, is_forced=is_forced)
-        fields = {"revision": self._registry.revision() + 1, "previous": None, "replaced": before.live}
-        self._write_first(after.model_copy(update=fields))
+        self._write_next(after.model_copy(update={"previous": None, "replaced": before.live}))
+
+    def return_to_replaced(self, before: ChannelState, why: str) -> None:
+        """The other way: go on with the history of a channel that replaced this one's replicas."""
+        self._write_next(bring_back(before, utc_now(), why))
 
     def forget(self) -> None:
         """Remove all that is stored of it."""
         self._registry.clear()
+
+    def clear_the_way(self, release: Release, watch: Watch) -> ChannelState:
+        """The state without a rollout: one whose deployer is not heard for `STALE_S` is ended for `release`.
+
+        It is waited for its next beat, a second where its deployer lives: clocks of two machines are not compared.
+
+        Raises:
+            DeployError: another deployer's rollout is under way.
+        """
+        deadline = time.monotonic() + STALE_S
+        state = self._known_state()
+        silent = state.rollout
+        why = f"its deployer was not heard for {STALE_S:g} s; taken over by the deployment of {release.version}"
+        while state.rollout is not None and silent is not None:
+            if state.rollout != silent:
+                return propose(state, Rollout(kind="load", release=release))  # which is refused, with the reason
+            watch(Progress("loading", 0, len(self._replicas())))
+            if time.monotonic() > deadline:
+                state = update(self._registry, lambda state: take_over(state, silent, utc_now(), why))
+            else:
+                time.sleep(POLL_S)
+                state = self._known_state()
+        return state
 
     def bring_in(
         self, release: Release, mode: Mode, *, why: str, is_forced: bool, timeout_s: float, watch: Watch
@@ -110,16 +140,16 @@ class Channel:
         rollout = Rollout(kind=mode.kind, release=release, share=mode.share)
         proposed = update(self._registry, lambda state: propose(state, rollout))
         try:
-            self._wait_until_ready(proposed, release, timeout_s, watch)
+            self._wait_until_ready(proposed, rollout, timeout_s, watch)
             verdict = Verdict(action="promote", why=why)
             if mode.kind != "load":
-                verdict = self._watch_traffic(release, mode, watch)
+                verdict = self._watch_traffic(rollout, mode, watch)
             if verdict.action == "roll back":
-                self._take_back(release, verdict.why)
+                self._take_back(rollout, verdict.why)
                 raise DeployError(f"version {release.version}: {verdict.why}; rolled back, the live version went on")
-            self._settle(release, verdict, is_forced)
+            self._settle(rollout, verdict, is_forced)
         except BaseException as error:
-            self._take_back(release, str(error) if isinstance(error, Exception) else "interrupted")
+            self._take_back(rollout, str(error) if isinstance(error, Exception) else "interrupted")
             raise
         if verdict.action == "promote":
             self._wait_until_live(release, timeout_s, watch)
@@ -131,32 +161,40 @@ class Channel:
         self._wait_until_live(state.live, timeout_s, watch)
         return state
 
+    def _known_state(self) -> ChannelState:
+        """As `state`; raises `DeployError` where there is none."""
+        return update(self._registry, lambda state: state)
+
     def _write_first(self, state: ChannelState) -> None:
         if not self._registry.write(state):
             raise DeployError(f"application '{self._registry.app}': another deployment of it was faster; try again")
 
-    def _settle(self, release: Release, verdict: Verdict, is_forced: bool) -> None:
+    def _write_next(self, state: ChannelState) -> None:
+        """As `_write_first`, after whatever an earlier time of the same replicas' bundle has left."""
+        self._write_first(state.model_copy(update={"revision": self._registry.revision() + 1}))
+
+    def _settle(self, rollout: Rollout, verdict: Verdict, is_forced: bool) -> None:
         def end(state: ChannelState) -> ChannelState:
-            _check_ours(state, release)
+            _check_ours(state, rollout)
             if verdict.action == "promote":
                 return promote(state, utc_now(), verdict.why, is_forced=is_forced)
             return finish(state, utc_now(), verdict.why)
 
         update(self._registry, end)
 
-    def _take_back(self, release: Release, why: str) -> None:
+    def _take_back(self, rollout: Rollout, why: str) -> None:
         """End the rollout; where it is over already, nothing is changed."""
 
         def end(state: ChannelState) -> ChannelState:
-            return abort(state, utc_now(), why) if _is_ours(state, release) else state
+            return abort(state, utc_now(), why) if is_same(state.rollout, rollout) else state
 
         ended = update(self._registry, end)
         deadline = time.monotonic() + TAKE_BACK_S
         while time.monotonic() < deadline and any(one.revision < ended.revision for one in self.reports()):
             time.sleep(POLL_S)
 
-    def _wait_until_ready(self, proposed: ChannelState, release: Release, timeout_s: float, watch: Watch) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _wait_until_ready(self, proposed: ChannelState, rollout: Rollout, timeout_s: float, watch: Watch) -> None:
+        release, deadline = rollout.release, time.monotonic() + timeout_s
         while True:
             running = self._replicas()
             reports = [report for report in self.reports() if report.revision >= proposed.revision]
@@ -167,10 +205,10 @@ class Channel:
             if running and ready >= running:
                 return
             _check(deadline, f"version {release.version}: {len(ready)} of {len(running)} replicas have loaded it")
-            self._beat(release)
+            self._beat(rollout)
             time.sleep(POLL_S)
 
-    def _watch_traffic(self, release: Release, mode: Mode, watch: Watch) -> Verdict:
+    def _watch_traffic(self, rollout: Rollout, mode: Mode, watch: Watch) -> Verdict:
         assert mode.kind != "load", "only a canary or a shadow sees traffic before it is decided on"
         started = time.monotonic()
         while True:
@@ -181,7 +219,7 @@ class Channel:
             verdict = judge(mode.kind, comparison, mode.limits, elapsed_s)
             if verdict.action != "wait":
                 return verdict
-            self._beat(release)
+            self._beat(rollout)
             time.sleep(POLL_S)
 
     def _wait_until_live(self, release: Release, timeout_s: float, watch: Watch) -> None:
@@ -195,11 +233,11 @@ class Channel:
             _check(deadline, f"version {release.version}: live in {len(switched)} of {len(running)} replicas")
             time.sleep(POLL_S)
 
-    def _beat(self, release: Release) -> None:
+    def _beat(self, rollout: Rollout) -> None:
         """Tell the replicas, now and then, that the rollout is watched; `DeployError` where somebody has ended it."""
 
         def step(state: ChannelState) -> ChannelState:
-            _check_ours(state, release)
+            _check_ours(state, rollout)
             return beat(state)
 
         if time.monotonic() - self._last_beat > BEAT_S:
@@ -216,15 +254,11 @@ def total(reports: Sequence[ReplicaReport]) -> Comparison:
     return combined
 
 
-def _is_ours(state: ChannelState, release: Release) -> bool:
-    return state.rollout is not None and state.rollout.release == release
-
-
-def _check_ours(state: ChannelState, release: Release) -> None:
+def _check_ours(state: ChannelState, rollout: Rollout) -> None:
     """Another rollout may have begun since ours was ended; it is not ours to go on with."""
-    if state.rollout is not None and not _is_ours(state, release):
-        other = state.rollout.release.version
-        raise DeployError(f"version {release.version}: its rollout was ended from elsewhere; {other} is on its way now")
+    if state.rollout is not None and not is_same(state.rollout, rollout):
+        ours, other = rollout.release.version, state.rollout.release.version
+        raise DeployError(f"version {ours}: its rollout was ended from elsewhere; {other} is on its way now")
 
 
 def _check(deadline: float, text: str) -> None:

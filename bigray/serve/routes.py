@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -24,12 +24,13 @@ Encode = Callable[[Predictions, LoadedModel], Answer]
 Numbers = Callable[[], Awaitable[Answer]]
 """Makes the answer of `/stats` or `/metrics`: numbers of all replicas."""
 
+MOST_FOUND = 64
+"""Routes of models that are kept once they are found; callers make up versions."""
 OPEN, PREDICT = "open", "predict"
 """Scopes: what anybody may ask, and what takes a key where the endpoint has keys."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A decoded request for the model: its rows, and how to write the answer."""
 
     rows: FloatArray
@@ -60,6 +61,7 @@ class Router:
         self._store, self._max_body_bytes = store, max_body_bytes
         self._table = self._build_table(stats, metrics)
         self._model_table = self._build_model_table()
+        self._found: dict[tuple[str, str], Route] = {}
 
     def find(self, path: str, method: str) -> Route:
         """The route of a request.
@@ -82,6 +84,9 @@ class Router:
         return sorted((*fixed, *own))
 
     def _find_model(self, path: str, method: str) -> Route:
+        found = self._found.get((path, method))
+        if found is not None and found.model is not None and self._store.knows(found.model):
+            return found
         name, _, rest = path.removeprefix("/v2/models/").partition("/")
         version: str | None = None
         if rest.startswith("versions/"):
@@ -91,7 +96,10 @@ class Router:
             raise Refusal(404, f"{path[:80]}: no such route; GET /openapi.json lists them")
         if not self._store.knows(name):
             raise Refusal(404, f"model '{name[:80]}' is not served here; POST /v2/repository/index lists the models")
-        return replace(_of_method(methods, path, method), model=name, version=version)
+        found = replace(_of_method(methods, path, method), model=name, version=version)
+        if len(self._found) < MOST_FOUND:
+            self._found[path, method] = found
+        return found
 
     def _build_table(self, stats: Numbers, metrics: Numbers) -> dict[str, dict[str, Route]]:
         server = _constant(protocol.describe_server())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigray.bundle import ModelBundle
 from bigray.errors import ClusterError, DeployError
 from bigray.inference import check_factory
-from bigray.serve.channels import Applied, channel_of, running_replicas
+from bigray.serve.channels import Applied, channel_of, running_replicas, status_word, take_down
 from bigray.serve.client import Client, fetch_json
 from bigray.serve.config import ServeSpec
 from bigray.serve.failures import first_error_line
@@ -19,7 +19,7 @@ from bigray.serve.ingress import free_port
 from bigray.serve.instance import controller_environment, root_url, running_client, shutdown, start_serve
 from bigray.serve.protect.exposure import check_exposure, check_grpc_exposure
 from bigray.serve.release.gate import GateReport, GateSettings, run_gate
-from bigray.serve.release.record import ChannelState, Release, ReplicaReport
+from bigray.serve.release.record import ChannelState, Release, ReplicaReport, in_no_replica
 from bigray.serve.rollout import Channel, Mode, Watch
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def deploy(
     (`mode`). Where any of that fails, what served before goes on.
 
     Raises:
-        SpecError: it would be reachable from other machines without a key.
+        SpecError: it would be reachable from other machines without a key, or a further model has this one's name.
         CorruptFile: a file of the bundle differs from its manifest; nothing has been started.
         StorageError: there is no bundle at this location.
         DeployError: the gate refused it, the port is taken, or no replica came up in time.
@@ -123,7 +123,9 @@ def deploy(
         check_grpc_exposure(args.keys is not None, is_open or args.open)
     spec = _with_absolute_places(spec.with_args(open=True) if is_open else spec)
     location = absolute_location(bundle)
-    check_factory(ModelBundle.load(location), args.allow_factories)
+    loaded = ModelBundle.load(location)
+    args.check_own_name(loaded.manifest.name)
+    check_factory(loaded, args.allow_factories)
     name = spec.application.name
     state = _state_of(name)
     if state is None and mode is not None and mode.kind != "load":
@@ -144,10 +146,17 @@ def deploy(
 def rollback(name: str, *, why: str = "asked for", timeout_s: float = 90.0, watch: Watch | None = None) -> ChannelState:
     """Return to the version before, or end a rollout that is under way; returns when every replica has switched.
 
+    After a surge no replica holds the version before: it is deployed again, in replicas beside those that answer.
+
     Raises:
-        DeployError: no such application, or there is no version to go back to.
+        DeployError: no such application, there is no version to go back to, or it did not come up; what serves goes on.
+        CorruptFile, StorageError: its bundle cannot be read any more.
     """
-    return _known_channel(name).go_back(why, timeout_s, watch or DeployWatch().on_progress)
+    channel = _known_channel(name)
+    state = channel.state()
+    if state is not None and (gone := in_no_replica(state)) is not None:
+        return _bring_back(name, state, gone, why, timeout_s)
+    return channel.go_back(why, timeout_s, watch or DeployWatch().on_progress)
 
 
 def versions(name: str) -> tuple[ChannelState, tuple[ReplicaReport, ...]]:
@@ -168,7 +177,8 @@ def known_versions() -> dict[str, str]:
     for name in _application_names():
         state = _state_of(name)
         rollout = state.rollout if state is not None else None
-        releases = (state.live, state.previous, rollout.release if rollout else None) if state is not None else ()
+        candidate = rollout.release if rollout is not None else None
+        releases = (state.live, state.previous, state.replaced, candidate) if state is not None else ()
         known |= {release.version: release.bundle for release in releases if release is not None}
     return known
 
@@ -203,7 +213,7 @@ def delete(name: str) -> None:
         raise _unknown(name, names)
     channel = channel_of(client, name)
     try:
-        client.delete_apps([name])
+        take_down(client, name)
     except TimeoutError:
         raise DeployError(f"application '{name}': still on its way out after a minute; see `bigray status`") from None
     if channel is not None:
@@ -247,12 +257,11 @@ class _Change:
 
     def begin(self) -> str:
         """The first version of an application."""
-        name = self.spec.application.name
-        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle))
+        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle).to_native())
         applied.channel.begin(self.release, self.why)  # before its replicas look for it
         started = time.monotonic()
         with applied:
-            self._wait_until_up(name, self.release.version)
+            self._wait_until_up(self.release.version)
         scaling = self.spec.deployment.autoscaling_config
         if scaling is None or scaling.min_replicas > 0:
             return self.why
@@ -273,24 +282,37 @@ class _Change:
                     f"version {self.release.version}: a {mode.kind} needs both versions in one replica, and memory "
                     f"does not hold them; deploy it without, or say `swap: in_place` in the file's args"
                 )
-            return self._surge(state)
+            return self._surge(self._clear_the_way(state, watch))
+        self._clear_the_way(state, watch)
         self._apply_options()
-        channel = channel_of(self.client, self.spec.application.name)
-        assert channel is not None, "an application with a state has a channel"
-        return channel.bring_in(
+        return self._channel().bring_in(
             self.release, mode, why=self.why, is_forced=bool(self.gate.forced), timeout_s=self.timeout_s, watch=watch
         )
+
+    def _channel(self) -> Channel:
+        channel = channel_of(self.client, self.spec.application.name)
+        if channel is None:
+            raise self._deleted()
+        return channel
+
+    def _deleted(self) -> DeployError:
+        name = self.spec.application.name
+        return DeployError(f"application '{name}': it has been deleted meanwhile; deploy again")
+
+    def _clear_the_way(self, state: ChannelState, watch: Watch) -> ChannelState:
+        """The state without a rollout that a dead deployer has left."""
+        now = self._channel().clear_the_way(self.release, watch)
+        _check_live(self.spec.application.name, now, state)
+        return now
 
     def _apply_options(self) -> None:
         """What the file says beside the bundle, where it has changed; Serve replaces the replicas if it has to."""
         deployed = Applied.deployed(self.client).get(self.spec.application.name)
         if deployed is None:
-            raise DeployError(
-                f"application '{self.spec.application.name}': it has been deleted meanwhile; deploy again"
-            )
-        with Applied(self.client, self.spec.with_bundle(deployed["args"]["bundle"])):
+            raise self._deleted()
+        with Applied(self.client, self.spec.with_bundle(deployed["args"]["bundle"]).to_native()):
             state = _state_of(self.spec.application.name)
-            self._wait_until_up(self.spec.application.name, state.live.version if state else self.release.version)
+            self._wait_until_up(state.live.version if state else self.release.version)
 
     def _needs_surge(self, state: ChannelState) -> bool:
         swap = self.spec.application.args.swap
@@ -300,17 +322,35 @@ class _Change:
 
     def _surge(self, state: ChannelState) -> str:
         """Replicas of the new version beside those of the old one; Serve ends the old ones once the new ones answer."""
-        name = self.spec.application.name
-        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle))
+        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle).to_native())
         applied.channel.succeed(state, self.release, self.why, is_forced=bool(self.gate.forced))
         with applied:
-            self._wait_until_up(name, self.release.version)
+            self._wait_until_up(self.release.version)
         return f"{self.why}; in replicas of its own, since memory does not hold both versions"
 
-    def _wait_until_up(self, name: str, version: str) -> None:
-        deadline = time.monotonic() + self.timeout_s
-        _wait_until_running(self.client, name, deadline)
-        _wait_until_answering(name, self.url, version, deadline)
+    def _wait_until_up(self, version: str) -> None:
+        _wait_until_up(self.client, self.spec.application.name, self.url, version, self.timeout_s)
+
+
+def _bring_back(name: str, state: ChannelState, gone: Release, why: str, timeout_s: float) -> ChannelState:
+    """The surge back: the application's own config, with the bundle that it served before."""
+    client = running_client()
+    config = Applied.deployed(client).get(name) if client is not None else None
+    if client is None or config is None:
+        raise _unknown(name, _application_names())
+    found = ModelBundle.load(gone.bundle).version
+    if found != gone.version:
+        raise DeployError(f"version {gone.version}: {gone.bundle} holds version {found} now; deploy another bundle")
+    application = config | {"args": config["args"] | {"bundle": gone.bundle}}
+    capacity = {"target_capacity": client.get_serve_details().get("target_capacity")}
+    applied = Applied(client, {"applications": [application], **capacity})
+    applied.channel.return_to_replaced(state, why)
+    with applied:
+        url = root_url(client) + (config.get("route_prefix") or "/").rstrip("/")
+        _wait_until_up(client, name, url, gone.version, timeout_s)
+    after = applied.channel.state()
+    assert after is not None, "it has just been written"
+    return after
 
 
 def fits_in_place(live: str, candidate: str, spec: ServeSpec) -> bool:
@@ -350,8 +390,11 @@ def _gate_settings(spec: ServeSpec, force: bool) -> GateSettings:
 
 def _check_unchanged(name: str, before: ChannelState | None) -> None:
     """The gate takes seconds, in which somebody else may have deployed, promoted or rolled back."""
-    now = _state_of(name)
-    if (now and (now.live, now.rollout is None)) != (before and (before.live, before.rollout is None)):
+    _check_live(name, _state_of(name), before)
+
+
+def _check_live(name: str, now: ChannelState | None, before: ChannelState | None) -> None:
+    if (now and now.live) != (before and before.live):
         raise DeployError(f"application '{name}': another version became live while the gate ran; deploy again")
 
 
@@ -389,13 +432,21 @@ def _unknown(name: str, names: Sequence[str]) -> DeployError:
     return DeployError(f"no application named '{name}'{known}")
 
 
+def _wait_until_up(client: ServeControllerClient, name: str, url: str, version: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    _wait_until_running(client, name, deadline)
+    _wait_until_answering(name, url, version, deadline)
+
+
 def _wait_until_running(client: ServeControllerClient, name: str, deadline: float) -> None:
     while True:
         application = client.get_serve_details()["applications"].get(name, {})
-        state = _word(application.get("status", "NOT_STARTED"))
+        state = status_word(application)
         message = _message(application)
         if state == "RUNNING":
             return
+        if state == "DELETING":
+            raise DeployError(f"application '{name}': it was deleted while it started")
         if state in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in message:
             raise DeployError(f"application '{name}': {first_error_line(message)}")
         if time.monotonic() > deadline:
@@ -436,7 +487,7 @@ def _describe(application: dict[str, Any], root: str) -> EndpointStatus:
     return EndpointStatus(
         name=application["name"],
         url=root + (application["route_prefix"] or "").rstrip("/"),
-        state=_word(application["status"]),
+        state=status_word(application),
         replicas_running=len(running_replicas(application)),
         replicas_target=sum(deployment["target_num_replicas"] for deployment in deployments),
         bundle=state.live.bundle if state is not None else config.get("args", {}).get("bundle", ""),
@@ -452,10 +503,6 @@ def _describe_rollout(state: ChannelState | None) -> str:
     rollout = state.rollout
     share = f" {rollout.share:.0%}" if rollout.kind == "canary" else ""
     return f"{rollout.kind}{share} of {rollout.release.version}"
-
-
-def _word(state: Any) -> str:
-    return str(getattr(state, "value", state))  # Ray's states are enumerations of strings
 
 
 def _message(application: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from bigray.serve.loaded import LoadedModel
 from bigray.serve.observe.telemetry import Telemetry
 from bigray.serve.protect.guard import Guard
 from bigray.serve.release.record import (
+    STALE_S,
     ChannelState,
     Release,
     ReplicaReport,
@@ -37,8 +38,6 @@ SILENT_S = 10.0
 RETRY_S = 10.0
 """After which a live version that could not be loaded is tried again."""
 FORGOTTEN_S, REPORTS_BEFORE_FORGETTING = 600.0, 60
-STALE_S = 15.0
-"""A canary or shadow whose watcher has not been heard for so long gets no traffic any more."""
 
 _logger = logging.getLogger("ray.serve")
 
@@ -90,12 +89,7 @@ class Steward:
 
     def _keep_state(self) -> None:
         while not self._stopped.wait(POLL_S):
-            try:
-                self.step(time.monotonic())
-            except Exception as error:  # the store of states may be away for a while; the live version goes on
-                _logger.warning("bigray: the channel's state could not be read: %s", last_line(error))
-                if self._state is not None:  # a canary does not go on unwatched because nothing can be read
-                    self._show(self._state, self._heartbeat.hears(self._state.rollout, time.monotonic()))
+            self.look(time.monotonic())
 
     def _keep_reporting(self) -> None:
         checked_keys = 0.0
@@ -124,6 +118,15 @@ class Steward:
         if not self._guard.is_open:
             recent = time.time() - SILENT_S
             self._guard.set_replicas(max(1, sum(report.at > recent for report in self._registry.reports())))
+
+    def look(self, now: float) -> None:
+        """Take a step; where the store of states is away for a while, the live version goes on."""
+        try:
+            self.step(now)
+        except Exception as error:
+            _logger.warning("bigray: the channel's state could not be read: %s", last_line(error))
+            if self._state is not None:  # a canary does not go on unwatched because nothing can be read
+                self._show(self._state, self._heartbeat.hears(self._state.rollout, now))
 
     def step(self, now: float) -> None:
         """Look at the channel's state once and do what it asks for."""

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ class ModelStore:
         return name == self._view.live.name or self._shelf.peek(name) is not None
 
     def find(self, name: str | None = None, version: str | None = None, sticky: str = "") -> LoadedModel:
-        """The model that is to answer.
+        """The model that is to answer; only asking it for predictions is a use of it, which keeps it in memory.
 
         `sticky` decides on which side of a canary the caller is: the same text, the same side.
 
@@ -101,9 +102,7 @@ class ModelStore:
             if found is None:
                 raise Refusal(404, f"model '{view.live.name}': version '{version[:40]}' is not served")
             return found
-        if view.side_by_side is not None and view.rollout is not None and view.rollout.kind == "canary":
-            return view.side_by_side.candidate if routes_to_candidate(view.rollout, sticky) else view.live
-        return view.live
+        return _canary_of(view, sticky) or view.live
 
     async def load(self, name: str) -> None:
         """Have another model in memory; loading happens in a thread, once however many ask.
@@ -117,15 +116,34 @@ class ModelStore:
 
     async def predict(self, chosen: LoadedModel, rows: FloatArray) -> tuple[Predictions, LoadedModel]:
         """The predictions, and the version that made them: another than `chosen` only where a canary failed."""
-        beside = self._view.side_by_side
-        if beside is not None and (chosen is beside.live or chosen is beside.candidate):
+        beside = self._beside(chosen)
+        if beside is not None:
             return await beside.answer(chosen, rows)
-        return await chosen.submit(rows), chosen
+        return await self._ask_alone(chosen, rows), chosen
+
+    def ask(self, chosen: LoadedModel, rows: FloatArray) -> asyncio.Future[Any]:
+        """What `predict` returns, to come; mere predictions, without a task for them, where `chosen` alone is asked.
+
+        Raises:
+            Refusal: 503, too much waits already.
+        """
+        if self._beside(chosen) is not None:
+            return asyncio.get_running_loop().create_task(self.predict(chosen, rows))
+        return self._ask_alone(chosen, rows)
+
+    def _beside(self, chosen: LoadedModel) -> SideBySide | None:
+        beside = self._view.side_by_side
+        return beside if beside is not None and (chosen is beside.live or chosen is beside.candidate) else None
+
+    def _ask_alone(self, chosen: LoadedModel, rows: FloatArray) -> asyncio.Future[Predictions]:
+        if chosen.name in self._others:
+            self._shelf.touch(chosen.name)
+        return chosen.batcher.enqueue(rows)
 
     def _find_other(self, name: str, version: str | None) -> LoadedModel:
         if name not in self._others:
             raise _unknown(name)
-        model = self._shelf.take(name)
+        model = self._shelf.peek(name)
         if model is None:
             raise Refusal(503, f"model '{name}': not loaded yet; try again", ((b"retry-after", b"1"),))
         if version and version != model.version:
@@ -151,12 +169,12 @@ class Shelf:
     def peek(self, name: str) -> LoadedModel | None:
         return self._loaded.get(name)
 
-    def take(self, name: str) -> LoadedModel | None:
+    def touch(self, name: str) -> None:
+        """Now it is the most recently used; no effect on one that has been let go."""
         with self._lock:
             model = self._loaded.pop(name, None)
             if model is not None:
                 self._loaded[name] = model
-            return model
 
     async def load(self, name: str) -> None:
         if name in self._loaded:
@@ -193,6 +211,14 @@ class Shelf:
             evicted.append(name)
             total -= model.nbytes
         return evicted
+
+
+def _canary_of(view: View, sticky: str) -> LoadedModel | None:
+    """The candidate where it is to answer this caller, and can: its full queue is no reason to send anybody away."""
+    if view.side_by_side is None or view.rollout is None or view.rollout.kind != "canary":
+        return None
+    candidate = view.side_by_side.candidate
+    return candidate if routes_to_candidate(view.rollout, sticky) and candidate.batcher.has_room() else None
 
 
 def _still_asked(models: Iterable[LoadedModel]) -> tuple[LoadedModel, ...]:

@@ -12,6 +12,9 @@ from bigray.serve.http import Refusal
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 CLOSE = ((b"connection", b"close"),)
+GONE = "the caller has gone away"
+GIVEN_UP_AT_ONCE = 20
+"""Late bodies that are answered at one look; hundreds would hold up everybody else for as long as that takes."""
 WATCHED_AFTER_S = 0.2
 """A request that is answered sooner is not worth a look at whether its caller is still there."""
 
@@ -56,11 +59,12 @@ class UnderWay:
 
     def look_after(self) -> None:
         """Give up bodies that do not come, with a 408, and callers that have gone; called several times a second."""
-        now = time.monotonic()
+        now, given_up = time.monotonic(), 0
         for attended in tuple(self._attended):
             age_s = now - attended.since
             if attended.is_reading:
-                if age_s > self._body_timeout_s:
+                if age_s > self._body_timeout_s and given_up < GIVEN_UP_AT_ONCE:
+                    given_up += attended.fault is None
                     attended.give_up(Refusal(408, f"body: not complete within {self._body_timeout_s:g} s", CLOSE))
             elif age_s > WATCHED_AFTER_S and attended.watcher is None:
                 attended.watcher = asyncio.get_running_loop().create_task(_watch(attended))
@@ -70,4 +74,4 @@ async def _watch(attended: Attended) -> None:
     """Cancel the work for a caller that goes away; a server tells of it where a body is over."""
     while (await attended.receive())["type"] != "http.disconnect":
         pass
-    attended.give_up(Refusal(499, "the caller has gone away"))
+    attended.give_up(Refusal(499, GONE))

@@ -73,14 +73,17 @@ def test_data_with_nan_is_refused_with_its_column(bigray: Run, tmp_path: Path) -
 
 
 def test_a_corrupted_bundle_is_refused_with_the_file_and_both_hashes(bigray: Run, tmp_path: Path) -> None:
-    from bigray.storage import commit_folder, open_storage, sha256
+    from bigray.serve.sample import write_sample_bundle
+    from bigray.storage import sha256
 
-    storage = open_storage(tmp_path / "bundle")
-    commit_folder(storage, "", {"weights.safetensors": b"right"}, {})
-    (tmp_path / "bundle" / "weights.safetensors").write_bytes(b"wrong")
-    done = bigray("deploy", str(tmp_path / "bundle"))
+    bundle = Path(write_sample_bundle(str(tmp_path), params={"hidden": [2]}, onnx=False))
+    weights = bundle / "weights.safetensors"
+    right = weights.read_bytes()
+    wrong = right[:-1] + bytes([right[-1] ^ 1])
+    weights.write_bytes(wrong)
+    done = bigray("deploy", str(bundle))
     assert done.returncode == 4
     assert "weights.safetensors" in done.stderr
-    assert sha256(b"right") in done.stderr
-    assert sha256(b"wrong") in done.stderr
+    assert sha256(right) in done.stderr
+    assert sha256(wrong) in done.stderr
     assert "Traceback" not in done.stderr

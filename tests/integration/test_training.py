@@ -38,7 +38,7 @@ def test_training_writes_a_verified_bundle_is_not_repeated_and_leaves_no_process
     assert bundle.manifest.origin.step == board.winner.best_step
     assert np.mean(np.array(labels) == np.array(dataset.holdout_targets())) > 0.9
     suffixes = {path.suffix for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".onnx", ".safetensors"}, "nothing is pickled"
+    assert suffixes <= {".arrow", ".json", ".jsonl", ".onnx", ".safetensors"}, "nothing is pickled"
 
     events: list[Event] = []
     again = train(job, listener=events.append)

@@ -223,9 +223,10 @@ def test_a_version_in_replicas_of_its_own_takes_over_without_a_dropped_request(e
     assert (state.live.bundle, state.previous, state.replaced) == (candidate, None, before.live)
     assert [entry.version for entry in state.history[: len(before.history)]] == [e.version for e in before.history]
     assert {report.loaded for report in reports} == {(deployed.version,)}
-    with pytest.raises(DeployError, match="deploy"):
-        runner.rollback(endpoint.name)
-    runner.deploy(before.live.bundle, spec, force=True)  # in place again, with a version to go back to
+    with traffic(endpoint, key, bundles):
+        after = runner.rollback(endpoint.name)
+    assert (after.live, after.replaced) == (before.live, state.live)
+    runner.deploy(candidate, spec, force=True)  # in place again, with a version to go back to
 
 
 def test_a_killed_replica_comes_back_with_the_live_version(endpoint, bundles, key):

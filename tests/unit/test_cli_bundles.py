@@ -18,7 +18,7 @@ from bigray.serve.sample import write_sample_bundle
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     columns = (Column(name="a"), Column(name="b"))
     root = str(tmp_path_factory.mktemp("bundle"))
-    return write_sample_bundle(root, columns=columns, class_names=("x", "y"), params={"hidden": [4]}, onnx=False)
+    return write_sample_bundle(root, columns=columns, class_names=("x", "y", "z"), params={"hidden": [16]}, onnx=False)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_compression_that_costs_too_much_is_exit_6(
     bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bigray.compression.change.export_onnx", lambda module, rows: (None, "not asked for"))
-    code, err = _refused(capsys, "compress", bundle, "--prune", "0.95", "--max-drop", "0")
+    code, err = _refused(capsys, "compress", bundle, "--prune", "0.99", "--max-drop", "0")
 
     assert code == 6
     assert "nothing was written" in err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bigray.console import (
 )
 from bigray.deploy_view import describe_progress, watching
 from bigray.results import (
+    CrossValidation,
     Finalist,
     Kill,
     Leaderboard,
@@ -89,6 +91,24 @@ def test_finalists_are_shown_with_their_interval_their_ties_and_what_decided(
     assert "2 2 0.5500 ± 0.0500 0.5000 to 0.6000 100 -" in lines
     assert any(line.startswith("why: 1: tied with 0 on val_accuracy") for line in lines)
     assert any(line.startswith("winner: mlp, trial 1-seed1") for line in lines)
+
+
+def test_models_over_folds_are_shown_with_mean_deviation_and_interval_and_what_is_exported(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folds = tuple(_result(f"mlp-fold{number + 1}", 0.9, fold=number) for number in range(3))
+    models = (
+        CrossValidation("mlp", (0.9, 0.91, 0.92), 3, 0.91, 0.01, 0.8852, 0.9348, 850, "mlp"),
+        CrossValidation("linear", (0.8,), 3, 0.8, math.nan, 0.8, 0.8, 50, "linear"),
+    )
+    trials = (*folds, _result("mlp", 0.7))
+    board = Leaderboard("run", "runs/run", "val_accuracy", "max", trials, storage, 3.0, cross_validation=models)
+    lines = _printed(board, capsys)
+
+    assert "mlp 3 0.9100 0.0100 0.8852 to 0.9348 850" in lines
+    assert "linear 1 of 3 0.8000 - - 50" in lines
+    assert "mlp has the best mean; exported is its trial mlp on the usual split" in lines
+    assert any(line.startswith("winner: mlp, trial mlp,") for line in lines)
 
 
 def test_an_event_is_one_line_of_json_with_trials_as_ids(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,9 @@ def test_a_model_is_its_mean_with_deviation_and_interval_over_the_folds() -> Non
     (found,) = cross_validate(_results("mlp", 0.7, 0.8, 0.9), 3, "val_accuracy", "max")
 
     low, high = mean_interval((0.7, 0.8, 0.9))
-    assert found == CrossValidation("mlp", (0.7, 0.8, 0.9), 3, pytest.approx(0.8), pytest.approx(0.1), low, high, 9, "mlp")
+    assert found == CrossValidation(
+        "mlp", (0.7, 0.8, 0.9), 3, pytest.approx(0.8), pytest.approx(0.1), low, high, 9, "mlp"
+    )
 
 
 def test_the_best_mean_is_first_whichever_way_is_better() -> None:

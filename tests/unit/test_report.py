@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bigray.cross_validation import of_fold
 from bigray.errors import StorageError
 from bigray.paths import RUN_FILE
 from bigray.report import LEDGER_PARTS, RunReport, read_report
@@ -86,6 +87,20 @@ def test_a_complete_run_tells_its_trials_best_first_and_its_winner(write_run: Wr
     assert [trial.trial_id for trial in report.trials] == ["0", "1"]
     assert report.counts == {"finished": 2}
     assert report.trials[0].config == {"lr": 0.01, "global_batch_size": 64, "weight_decay": 0.5}
+
+
+def test_a_training_with_folds_tells_each_model_with_its_mean_also_before_it_is_complete(write_run: WriteRun) -> None:
+    folder = write_run([ATTEMPT, STARTED, _state("mlp-fold1", 0.9), _state("mlp-fold2", 0.8)])
+    document = json.loads((folder / RUN_FILE).read_text())
+    trials = [of_fold(_trial("mlp"), number).model_dump(mode="json") for number in range(3)]
+    document |= {"search": None, "trials": trials, "job": {"name": "digits", "data": {"k_folds": 3}}}
+    (folder / RUN_FILE).write_text(json.dumps(document))
+    report = read_report(folder)
+
+    (found,) = report.cross_validation
+    assert (found.model_name, found.values, found.num_folds) == ("mlp", (0.9, 0.8), 3)
+    assert found.mean == pytest.approx(0.85)
+    assert report.to_json()["cross_validation"][0]["low"] == found.low
 
 
 def test_the_parts_of_a_ledger_add_up_to_its_wall(write_run: WriteRun) -> None:

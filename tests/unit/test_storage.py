@@ -383,6 +383,14 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(committed: S
         read_folder(committed, "ckpt")
 
 
+@pytest.mark.parametrize("uri", ["s3://AKEY:se%2Fcret@bucket/runs?region=eu-west-1", "abfs://:secret@host/runs"])
+def test_a_secret_in_a_uri_is_refused_and_not_shown(uri: str) -> None:
+    with pytest.raises(StorageError, match=r"^\w+://\*\*\*@.*AWS_SECRET_ACCESS_KEY") as caught:
+        open_storage(uri)
+    assert "cret" not in str(caught.value).replace("secret;", "")
+    assert "AKEY" not in str(caught.value)
+
+
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(StorageError, match="nowhere://x: cannot open storage"):
         open_storage("nowhere://x")

@@ -4,6 +4,7 @@
                        -> abort       the candidate is gone
                        -> finish      a shadow has been compared; the live version stays
     roll_back                         the previous version is live again
+    bring_back                        so is the one that was live before a surge, in replicas of its own
 
 The driver and the replicas both read these; only `registry.py` stores them. No clock is read here: times are handed in.
 """
@@ -28,6 +29,10 @@ LATENCY_BOUNDS_S: tuple[float, ...] = tuple(
 )
 """Upper bounds of the latency buckets, 22 % apart: a ratio of two quantiles, each read within one bucket, has to be
 well below the ratio (1.5) at which a candidate is given up. One more bucket holds what is slower than the last."""
+
+STALE_S = 15.0
+"""A rollout whose driver has not been heard for so long is given up: replicas give its candidate no traffic any more,
+and the next deployer ends it."""
 
 RolloutKind = Literal["load", "canary", "shadow"]
 Action = Literal["deployed", "promoted", "rolled back", "refused", "forced", "compared"]
@@ -244,6 +249,11 @@ def beat(state: ChannelState) -> ChannelState:
     return _next(state, rollout=rollout.model_copy(update={"beat": rollout.beat + 1}))
 
 
+def is_same(one: Rollout | None, other: Rollout) -> bool:
+    """Whether it is the same rollout, however often it was heard of."""
+    return one is not None and one.model_copy(update={"beat": other.beat}) == other
+
+
 def promote(state: ChannelState, at: str, why: str, *, is_forced: bool = False) -> ChannelState:
     """The rollout's release is live from now on, and what was live is held as the previous one.
 
@@ -260,6 +270,11 @@ def abort(state: ChannelState, at: str, why: str) -> ChannelState:
     rollout = _under_way(state, "abort")
     action: Action = "refused" if rollout.kind == "load" else "rolled back"
     return _next(state, _entry(at, rollout.release, action, why), rollout=None)
+
+
+def take_over(state: ChannelState, silent: Rollout, at: str, why: str) -> ChannelState:
+    """End a rollout whose driver has not been heard since it was seen as `silent`; else nothing is changed."""
+    return abort(state, at, why) if state.rollout == silent else state
 
 
 def finish(state: ChannelState, at: str, why: str) -> ChannelState:
@@ -288,6 +303,19 @@ def roll_back(state: ChannelState, at: str, why: str) -> ChannelState:
             raise DeployError(f"version {gone.version} is not in memory any more; deploy it again: {gone.bundle}")
         raise DeployError(f"there is no version before {state.live.version} to go back to; deploy another one instead")
     return _next(state, _entry(at, state.live, "rolled back", why), live=previous, previous=state.live)
+
+
+def in_no_replica(state: ChannelState) -> Release | None:
+    """The version to go back to, where no replica holds it: after a surge. None where there is another way back."""
+    return state.replaced if state.rollout is None and state.previous is None else None
+
+
+def bring_back(state: ChannelState, at: str, why: str) -> ChannelState:
+    """The version from before a surge is live again, in replicas of its own; a second call returns."""
+    gone = in_no_replica(state)
+    if gone is None:
+        raise DeployError(f"version {state.live.version} has not replaced one by a surge; there is none to bring back")
+    return _next(state, _entry(at, state.live, "rolled back", why), live=gone, previous=None, replaced=state.live)
 
 
 def withdraw(state: ChannelState, at: str, why: str) -> ChannelState:

@@ -99,6 +99,11 @@ class MemoryKeyValue:
             self._values.pop(key, None)
 
 
+def shared_store() -> KeyValue:
+    """The store of the cluster that this process is connected to."""
+    return RayKeyValue()
+
+
 class Registry:
     """One channel's keys (driver and replicas).
 
@@ -108,7 +113,7 @@ class Registry:
 
     def __init__(self, app: str, base: str, store: KeyValue | None = None) -> None:
         self.app = app
-        self._store: KeyValue = RayKeyValue() if store is None else store
+        self._store = shared_store() if store is None else store
         self._app_prefix = f"{_hashed(app)}/".encode()
         self._states = self._app_prefix + f"{_hashed(base)}/state/".encode()
         self._reports = self._app_prefix + f"{_hashed(base)}/report/".encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,12 +38,14 @@ def read_numbers(data: Buffer, datatype: str, shape: Sequence[int], name: str) -
     expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise SpecError(f"{name}: {len(data)} bytes of data, but {datatype} of shape {list(shape)} takes {expected}")
-    values = np.frombuffer(data, dtype).reshape(shape)
+    values: NDArray[Any] = np.ndarray(shape, dtype, data)
     return values.astype(np.float32) if datatype == "FP32" else values
 
 
 def write_numbers(values: Any, datatype: str) -> bytes:
     """An array or list -> raw bytes."""
+    if datatype == "INT64" and type(values) is list:
+        return struct.pack(f"<{len(values)}q", *values)  # a few labels, for which numpy takes ten times as long
     return np.ascontiguousarray(values, DTYPES[datatype]).tobytes()
 
 

@@ -107,6 +107,9 @@ def decode_npy(body: bytes, schema: FeatureSchema) -> FloatArray:
     dtype, is_fortran, shape, start = _read_npy_header(body)
     if dtype.kind not in "iuf":
         raise SpecError(f"body: a .npy file of {dtype.name} is not accepted, save an array of float32")
+    if shape[1:] != schema.input_shape:  # before numpy sees it, which takes 64 axes and no huge ones
+        expected = f"({', '.join(('rows', *map(str, schema.input_shape)))})"
+        raise SpecError(f"{schema.tensor_name}: wrong shape {shape!s:.80}, expected {expected}")
     data = memoryview(body)[start:]
     if math.prod(shape) * dtype.itemsize != len(data):
         raise SpecError(f"body: a .npy file of shape {shape!s:.80}, but {len(data)} bytes of data")

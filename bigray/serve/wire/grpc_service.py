@@ -27,6 +27,8 @@ Answering = Callable[[], Awaitable[Any]]
 
 LONGEST_DETAILS = 1000
 """Characters of a message; it travels in a header, and those are short."""
+MOST_PARAMETERS, MOST_OUTPUTS = 64, 64
+"""Two bytes of a message can make a part of it, and each is looked at: what no client sends is refused by number."""
 
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -70,6 +72,8 @@ class Model(Protocol):
 
     @property
     def manifest(self) -> BundleManifest: ...
+
+    def check_room(self) -> None: ...
 
     async def submit(self, rows: FloatArray) -> Predictions: ...
 
@@ -158,6 +162,7 @@ class InferenceMethods:
     async def ModelInfer(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         async def answer() -> Any:
             model = self._find(request.model_name, request.model_version, grpc_context)
+            model.check_room()
             asked = decode_request(request, model.manifest)
             return encode_response(await model.submit(asked.rows), asked, model.name, model.version)
 
@@ -177,6 +182,7 @@ class InferenceMethods:
 
 def decode_request(request: Any, manifest: BundleManifest) -> InferRequest:
     """A `ModelInferRequest` -> its rows, checked, and what is wanted of the answer."""
+    _check_numbers(request, max(1, len(manifest.inputs.columns)))
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise SpecError(
@@ -201,6 +207,15 @@ def encode_response(predictions: Predictions, request: InferRequest, model: str,
         outputs=[{"name": one.name, "datatype": one.datatype, "shape": one.shape} for one in tensors],
         raw_output_contents=[one.raw() for one in tensors],
     )
+
+
+def _check_numbers(request: Any, most_inputs: int) -> None:
+    """Refuse a message with more parts than any request for this model has."""
+    for name, parts, most in (("inputs", request.inputs, most_inputs), ("outputs", request.outputs, MOST_OUTPUTS)):
+        if len(parts) > most:
+            raise SpecError(f"{name}: expected at most {most} tensors, got {len(parts)}")
+        if any(len(part.parameters) > MOST_PARAMETERS for part in parts):
+            raise SpecError(f"{name}: more than {MOST_PARAMETERS} parameters")
 
 
 def _input_tensor(tensor: Any, raw: bytes | None) -> InputTensor:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float32]
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS, TIMES_THE_INPUT = 16_000_000, 4
+"""Of what is decoded: at four to sixteen bytes each, or more where the model's own input is as large."""
+MAX_REDUCED_PIXELS = 50_000_000
+"""Of a JPEG, as large as a camera makes it, that is decoded at a part of its size. A progressive one is held whole."""
 BRIGHTEST = 255.0
 JPEG, JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
 MOST_SCANS = 100
@@ -30,7 +33,7 @@ def decode_image(body: bytes, manifest: BundleManifest) -> FloatArray:
 
     Raises:
         SpecError: the model takes no image, or the body is none.
-        Refusal: 413, more than `MAX_PIXELS`; 415, this endpoint has no Pillow.
+        Refusal: 413, more pixels than are decoded; 415, this endpoint has no Pillow.
     """
     height, width, channels, axis = image_layout(manifest)
     image = _load(body, "L" if channels == 1 else "RGB", (width, height))
@@ -78,17 +81,25 @@ def _load(body: bytes, mode: str, size: tuple[int, int]) -> Image:
         raise Refusal(413, f"image: a JPEG of more than {MOST_SCANS} scans; send it as a baseline JPEG or a PNG")
     try:
         image: Image.Image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))
-        _check_size(image.size)
-        # a JPEG is decoded at an eighth, a quarter or half of its size where that is still more than enough
-        image.draft(mode, (2 * size[0], 2 * size[1]))
+        _bound_size(image, mode, size, is_jpeg=body.startswith(JPEG))
         image = _in_mode(image, mode)
     except Refusal:
         raise
     except Image.DecompressionBombError:
-        raise _too_large() from None
+        raise _too_large(MAX_PIXELS) from None
     except Exception:  # decoders raise what they like on a damaged file
         raise SpecError("body: not a PNG or JPEG that can be read") from None
     return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _bound_size(image: Image, mode: str, size: tuple[int, int], *, is_jpeg: bool) -> None:
+    """See, before anything is decoded, that it takes no more memory than a picture may."""
+    limit = max(MAX_PIXELS, TIMES_THE_INPUT * size[0] * size[1])
+    is_reduced = is_jpeg and "progressive" not in image.info
+    _check_size(image.size, max(limit, MAX_REDUCED_PIXELS) if is_reduced else limit)
+    # a JPEG is decoded at an eighth, a quarter or half of its size where that is still more than enough
+    image.draft(mode, (2 * size[0], 2 * size[1]))
+    _check_size(image.size, limit)
 
 
 def _in_mode(image: Image, mode: str) -> Image:
@@ -104,10 +115,10 @@ def _in_mode(image: Image, mode: str) -> Image:
     return image.convert(mode)
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        raise _too_large()
+def _check_size(size: tuple[int, int], limit: int) -> None:
+    if size[0] * size[1] > limit:
+        raise _too_large(limit)
 
 
-def _too_large() -> Refusal:
-    return Refusal(413, f"image: more than {MAX_PIXELS / 1e6:g} million pixels; send a smaller one")
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, f"image: more than {limit / 1e6:g} million pixels; send a smaller one")

@@ -7,9 +7,8 @@ message is the answer's text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -40,8 +39,7 @@ EXTENSIONS = ("binary_tensor_data", "model_configuration")
 """Names of the protocol's extensions that are spoken here."""
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(NamedTuple):
     """A decoded `/infer` request, of HTTP or gRPC."""
 
     rows: FloatArray
@@ -62,7 +60,7 @@ class InferRequest:
         return [tensor for tensor in tensors if tensor.name in self.outputs] if self.outputs else tensors
 
     def is_binary(self, name: str) -> bool:
-        return dict(self.binary_outputs).get(name, self.binary)
+        return dict(self.binary_outputs).get(name, self.binary) if self.binary_outputs else self.binary
 
 
 def parse_json(body: bytes | memoryview) -> dict[str, Any]:
@@ -159,7 +157,7 @@ def _config_tensor(tensor: dict[str, Any]) -> dict[str, Any]:
 
 
 def _input_tensors(inputs: Any, binary: memoryview | None) -> list[InputTensor]:
-    if not isinstance(inputs, list) or not inputs or not all(isinstance(tensor, dict) for tensor in inputs):
+    if not isinstance(inputs, list) or set(map(type, inputs)) != {dict}:
         raise SpecError("inputs: expected a list of tensors with name, datatype, shape and data")
     tensors: list[InputTensor] = []
     taken = 0
@@ -180,9 +178,9 @@ def _input_tensors(inputs: Any, binary: memoryview | None) -> list[InputTensor]:
 
 
 def _binary_size(tensor: dict[str, Any]) -> int | None:
-    parameters = _parameters(tensor, f"{tensor.get('name')}: parameters")
-    if not parameters:
+    if tensor.get("parameters") is None:
         return None
+    parameters = _parameters(tensor, f"{tensor.get('name')}: parameters")
     if SHARED_MEMORY in parameters:
         raise SpecError(f"{tensor.get('name')}: shared memory is not supported, send the data in the body")
     size = parameters.get("binary_data_size")

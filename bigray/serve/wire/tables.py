@@ -33,8 +33,11 @@ OLD_COMPRESSION_KEY = b"ARROW:experimental_compression"
 
 MESSAGE_HEADER = 2
 RECORD_BATCH_COMPRESSION = 3
-DICTIONARY_DATA = 1
+DICTIONARY_DATA, DICTIONARY_IS_DELTA = 1, 2
 """Positions of fields in Arrow's Message, RecordBatch and DictionaryBatch tables (Message.fbs)."""
+
+MOST_BATCHES = 1024
+"""In one body. Each costs the same, however few rows it has, and would be paid for again with every dictionary."""
 
 
 def decode_csv(body: bytes, schema: FeatureSchema) -> FloatArray:
@@ -65,14 +68,18 @@ def decode_csv(body: bytes, schema: FeatureSchema) -> FloatArray:
 def decode_arrow(body: bytes, schema: FeatureSchema) -> FloatArray:
     """An Arrow IPC stream or file -> float32 array (rows, *input_shape); columns the model does not know are left out.
 
-    No extension type is instantiated, whatever types this process has registered: a column arrives as its storage.
+    Of those nothing is read but their place: pyarrow takes minutes to look through some types that are legal and no
+    numbers. No extension type is instantiated, whatever types this process has registered: a column arrives as its
+    storage.
     """
     # a file is a stream between a magic word and an index that is of no use here
     start = len(FILE_MAGIC) if body.startswith(FILE_MAGIC) else 0
     source = pa.py_buffer(body.replace(EXTENSION_KEY, INERT_KEY))[start:]
     try:
-        _refuse_compression(source)
-        table = pa.ipc.open_stream(source).read_all()
+        _check_messages(source)
+        indices = _column_indices(pa.ipc.open_stream(source).schema, schema)
+        options = pa.ipc.IpcReadOptions(included_fields=indices)
+        table = pa.ipc.open_stream(source, options=options).read_all()
         table.validate(full=True)  # else a false offset reads memory beyond the body
     except BROKEN as error:
         raise SpecError(f"Arrow: {_first_line(error)}") from None
@@ -84,17 +91,11 @@ def decode_arrow(body: bytes, schema: FeatureSchema) -> FloatArray:
 
 def _column_values(table: pa.Table, column: Column) -> NDArray[Any]:
     """One column -> (rows, *shape); a tensor may come as nested lists, or flat as its storage is."""
-    found = table.schema.get_all_field_indices(column.name)
-    if len(found) != 1:
-        known = ", ".join(table.column_names[:20])
-        raise SpecError(f"Arrow: expected one column '{column.name}', got {len(found)}; the columns are: {known}")
-    field = table.schema.field(found[0])
-    _check_type(field.type, column)
-    _check_tensor_shape(field, column)
-    if any(map(_has_nulls, table.column(found[0]).chunks)):
+    chunks = table.column(column.name)
+    if any(map(_has_nulls, chunks.chunks)):
         raise SpecError(f"Arrow: column '{column.name}' holds nulls")
     try:
-        values = column_to_numpy(table, column.name)
+        values = column_to_numpy(pa.table({column.name: _without_dictionary(chunks)}), column.name)
     except BROKEN as error:
         raise SpecError(f"Arrow: column '{column.name}': {_first_line(error)}") from None
     if values.ndim == 2 and values.shape[1] == math.prod(column.shape):
@@ -104,10 +105,42 @@ def _column_values(table: pa.Table, column: Column) -> NDArray[Any]:
     return values
 
 
+def _column_indices(found: pa.Schema, schema: FeatureSchema) -> list[int]:
+    """Where the model's columns are, each of them once and of a type that it can be made of."""
+    indices = []
+    for column in schema.columns:
+        places = found.get_all_field_indices(column.name)
+        if len(places) != 1:
+            known = ", ".join(found.names[:20])
+            raise SpecError(
+                f"Arrow: expected one column '{column.name}', got {len(places)}; the columns are: {known[:400]}"
+            )
+        field = found.field(places[0])
+        _check_type(field.type, column)
+        _check_tensor_shape(field, column)
+        indices += places
+    return sorted(set(indices))
+
+
+def _without_dictionary(chunks: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Each batch by itself: to put batches together, pyarrow would compare their dictionaries, each with each."""
+    if not pa.types.is_dictionary(chunks.type):
+        return chunks
+    return pa.chunked_array([chunk.dictionary_decode() for chunk in chunks.chunks], chunks.type.value_type)
+
+
 def _check_type(kind: pa.DataType, column: Column) -> None:
     inner = kind.value_type if pa.types.is_dictionary(kind) and not column.shape else kind
+    sizes: list[int | None] = []
     while _is_list(inner) and column.shape:
+        sizes.append(inner.list_size if pa.types.is_fixed_size_list(inner) else None)
         inner = inner.value_type
+    # of a wrong fixed size pyarrow makes any number of rows without a byte for them
+    asked = column.shape if len(sizes) > 1 else (math.prod(column.shape),)
+    if any(size not in (None, wanted) for size, wanted in zip(sizes, asked, strict=False)):
+        raise SpecError(f"Arrow: column '{column.name}' has shape {tuple(sizes)}, expected {column.shape}")
+    if len(sizes) > max(1, len(column.shape)):
+        raise SpecError(f"Arrow: column '{column.name}' has {len(sizes)} axes, expected shape {column.shape}")
     if not (pa.types.is_integer(inner) or pa.types.is_floating(inner)):
         wanted = f"lists of numbers for shape {column.shape}" if column.shape else "numbers"
         raise SpecError(f"Arrow: column '{column.name}' is of type {str(kind)[:80]}, expected {wanted}")
@@ -158,22 +191,26 @@ def _refuse_empty_cells(column: pa.ChunkedArray, name: str) -> None:
         raise SpecError(f"text/csv: row {row + 1}: '{name}' is empty")
 
 
-def _refuse_compression(source: pa.Buffer) -> None:
-    """A compressed buffer says itself how much memory is to be taken for it."""
-    for message in pa.ipc.MessageReader.open_stream(source):
-        has_batch = message.type in ("record batch", "dictionary")
-        if has_batch and _is_compressed(message.metadata.to_pybytes(), is_dictionary=message.type == "dictionary"):
-            raise SpecError("Arrow: compressed buffers are not accepted; write without, or gzip the whole body")
+def _check_messages(source: pa.Buffer) -> None:
+    """Refuse what a small body can make large: compression, dictionaries that grow, batches without end."""
+    for number, message in enumerate(pa.ipc.MessageReader.open_stream(source)):
+        if number > MOST_BATCHES:
+            raise SpecError(f"Arrow: more than {MOST_BATCHES} batches; write larger ones")
+        if message.type in ("record batch", "dictionary"):
+            _check_batch(message.metadata.to_pybytes(), is_dictionary=message.type == "dictionary")
 
 
-def _is_compressed(metadata: bytes, *, is_dictionary: bool) -> bool:
-    """Whether a message's batch has the field `compression`, which pyarrow does not show."""
-    if OLD_COMPRESSION_KEY in metadata:
-        return True
+def _check_batch(metadata: bytes, *, is_dictionary: bool) -> None:
+    """Looks at fields of a message that pyarrow does not show."""
     batch = _follow(metadata, _field(metadata, _follow(metadata, 0), MESSAGE_HEADER))
     if is_dictionary:
+        is_delta = _field(metadata, batch, DICTIONARY_IS_DELTA)
+        if is_delta and metadata[is_delta]:  # pyarrow copies all that came before for the batch behind each of them
+            raise SpecError("Arrow: dictionaries that come in parts are not accepted; write each of them at once")
         batch = _follow(metadata, _field(metadata, batch, DICTIONARY_DATA))
-    return _field(metadata, batch, RECORD_BATCH_COMPRESSION) != 0
+    # a compressed buffer says itself how much memory is to be taken for it
+    if OLD_COMPRESSION_KEY in metadata or _field(metadata, batch, RECORD_BATCH_COMPRESSION):
+        raise SpecError("Arrow: compressed buffers are not accepted; write without, or gzip the whole body")
 
 
 def _field(buffer: bytes, table: int, index: int) -> int:

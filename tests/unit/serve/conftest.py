@@ -9,8 +9,11 @@ from bigray.bundle import ModelBundle
 from bigray.data.features import Column
 from bigray.inference import Predictions, Predictor
 from bigray.serve.batching import Batcher, Capacity, QueueLimits
+from bigray.serve.config import ServeSpec, load_serve
 from bigray.serve.loaded import LoadedModel
+from bigray.serve.release import registry
 from bigray.serve.release.record import Release
+from bigray.serve.release.registry import MemoryKeyValue
 from bigray.serve.sample import write_sample_bundle
 
 CLASSES = ("cat", "dog", "fox")
@@ -42,6 +45,35 @@ def make_release(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Re
 def release(make_release: Callable[[int], Release]) -> Release:
     """The first version."""
     return make_release(0)
+
+
+@pytest.fixture
+def a(make_release: Callable[[int], Release]) -> Release:
+    return make_release(0)
+
+
+@pytest.fixture
+def b(make_release: Callable[[int], Release]) -> Release:
+    return make_release(1)
+
+
+@pytest.fixture
+def c(make_release: Callable[[int], Release]) -> Release:
+    return make_release(2)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> MemoryKeyValue:
+    """What Ray's head node would keep."""
+    store = MemoryKeyValue()
+    monkeypatch.setattr(registry, "RayKeyValue", lambda: store)
+    return store
+
+
+@pytest.fixture
+def spec() -> ServeSpec:
+    """A serve file of application 'model'."""
+    return load_serve("serve/local.yaml").with_bundle("new")
 
 
 @pytest.fixture(scope="session")

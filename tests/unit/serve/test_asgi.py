@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,15 @@ import pytest
 from bigray.bundle import ModelBundle
 from bigray.inference import Predictor
 from bigray.serve import asgi as asgi_module
-from bigray.serve.asgi import LONGEST_ID, MOST_HEADERS, Limits, ModelApp
+from bigray.serve import pictures
+from bigray.serve.asgi import Limits, ModelApp
 from bigray.serve.assembly import Endpoint, _tick, assemble
 from bigray.serve.batching import QueueLimits
 from bigray.serve.compare import SideBySide
 from bigray.serve.config import BundleArgs
+from bigray.serve.exchange import LONGEST_ID, MOST_HEADERS
 from bigray.serve.http import Answer as HttpAnswer
+from bigray.serve.http import Refusal
 from bigray.serve.loaded import LoadedModel
 from bigray.serve.observe.access_log import AccessLog
 from bigray.serve.observe.telemetry import Telemetry
@@ -32,6 +35,7 @@ from bigray.serve.protect.keys import create_key
 from bigray.serve.release.record import Release, Rollout
 from bigray.serve.routes import Router
 from bigray.serve.store import ModelStore, OtherModel, View
+from bigray.serve.wire import bodies
 
 IMAGE = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 GOOD = json.dumps({"records": [{"image": IMAGE}]}).encode()
@@ -339,6 +343,77 @@ def test_too_many_headers_are_refused(app):
     assert predict(app, many[:20]).status == 200
 
 
+def test_bodies_that_come_slowly_are_held_up_to_a_number_of_bytes(make_model, monkeypatch):
+    monkeypatch.setattr(asgi_module, "LEAST_HELD_BYTES", 0)  # four bodies of the largest size then
+    app = make_app(ModelStore(make_model()), limits=Limits(LIMIT, body_timeout_s=0.1))
+
+    async def story():
+        slow = [asyncio.create_task(ask(app, "POST", "/predict", [b" " * 990, b" ", STALLS, b"x"])) for _ in range(4)]
+        await asyncio.sleep(0.01)
+        refused = await ask(app, "POST", "/predict", [b" " * 500, GOOD])
+        whole = await ask(app, "POST", "/predict", [GOOD])
+        given_up = await asyncio.gather(*slow)
+        return refused, whole, given_up, await ask(app, "POST", "/predict", [b" " * 500, GOOD])
+
+    refused, whole, given_up, later = asyncio.run(story())
+    assert (refused.status, refused.headers["retry-after"], refused.headers["connection"]) == (503, "1", "close")
+    assert "bodies" in refused.document["error"]
+    assert (whole.status, [one.status for one in given_up], later.status) == (200, [408] * 4, 200)
+
+
+# ----- pictures
+
+
+@contextmanager
+def slow_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Pictures are decoded once the event is set."""
+    gate = threading.Event()
+
+    def decode(body, manifest):
+        assert gate.wait(20)
+        return np.array([IMAGE], np.float32)
+
+    monkeypatch.setitem(bodies._DECODERS, "image/png", decode)
+    yield gate
+    gate.set()
+
+
+def test_while_a_picture_is_decoded_other_requests_are_answered(app, monkeypatch):
+    async def story(gate):
+        picture = asyncio.create_task(ask(app, "POST", "/predict", b"x", [("content-type", "Image/PNG")]))
+        await asyncio.sleep(0.01)
+        other = await ask(app, "POST", "/predict", GOOD)
+        assert not picture.done()
+        gate.set()
+        return other.status, (await picture).status
+
+    with slow_pictures(monkeypatch) as gate:
+        assert asyncio.run(story(gate)) == (200, 200)
+
+
+def test_no_more_pictures_wait_than_can_be_decoded_in_time(app, monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_WAITING", 2)
+
+    async def story(gate):
+        sent = [asyncio.create_task(ask(app, "POST", "/predict", b"x", [("content-type", "image/png")])) for _ in "123"]
+        await asyncio.wait(sent, return_when=asyncio.FIRST_COMPLETED)
+        unread = await ask(app, "POST", "/predict", [STALLS], [("content-type", "image/png")])
+        gate.set()
+        return unread, await asyncio.gather(*sent)
+
+    with slow_pictures(monkeypatch) as gate:
+        unread, answers = asyncio.run(story(gate))
+    assert unread.status == 503
+    assert sorted(one.status for one in answers) == [200, 200, 503]
+    (refused,) = [one for one in answers if one.status == 503]
+    assert refused.headers["retry-after"] == "1"
+
+
+def test_a_picture_that_is_none_is_refused_from_its_thread_too(app):
+    answer = call(app, "POST", "/predict", b"x", [("content-type", "image/png")])
+    assert (answer.status, answer.document["error"]) == (400, "body: not a PNG or JPEG that can be read")
+
+
 # ----- request ids and versions
 
 
@@ -476,7 +551,19 @@ def test_a_body_is_not_read_of_whom_has_no_key(release, keys):
 # ----- overload and other models
 
 
-def test_overload_is_503_before_the_body_is_decoded(make_model):
+def test_overload_that_began_while_a_body_came_is_503_before_it_is_decoded(make_model, monkeypatch):
+    room = iter([True, False])
+
+    def check_room():
+        if not next(room):
+            raise Refusal(503, "overloaded")
+
+    model = make_model()
+    monkeypatch.setattr(model.batcher, "check_room", check_room)
+    assert call(make_app(ModelStore(model)), "POST", "/predict", b"not even json").status == 503
+
+
+def test_overload_is_503_before_the_body_is_read(make_model):
     gate = threading.Event()
 
     def slow(rows):
@@ -492,15 +579,16 @@ def test_overload_is_503_before_the_body_is_decoded(make_model):
         for _ in range(2):  # one in the model, one in the queue
             tasks.append(asyncio.create_task(ask(app, "POST", "/predict", GOOD)))
             await asyncio.sleep(0.02)
-        refused = await ask(app, "POST", "/predict", b"not even json")
+        unread = await ask(app, "POST", "/predict", [STALLS])
+        infer = await ask(app, "POST", "/v2/models/animals/infer", [STALLS])
         gate.set()
         await asyncio.gather(*tasks)
-        return refused
+        return unread, infer
 
-    refused = asyncio.run(story())
-    assert refused.status == 503
+    refused, infer = asyncio.run(story())
+    assert refused.status == infer.status == 503
     assert refused.headers["retry-after"] == "1"
-    assert telemetry.snapshot()["shed"] == {"animals": 1}
+    assert telemetry.snapshot()["shed"] == {"animals": 2}
     assert refused.headers["x-bigray-version"] == model.version
 
 

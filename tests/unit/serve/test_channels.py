@@ -1,49 +1,21 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from bigray.errors import DeployError
-from bigray.serve.channels import Applied, channel_of, running_replicas
-from bigray.serve.config import ServeSpec, load_serve
-from bigray.serve.release import registry
+from bigray.serve.channels import Applied, channel_of, running_replicas, take_down
+from bigray.serve.config import ServeSpec
 from bigray.serve.release.record import Release
 from bigray.serve.release.registry import MemoryKeyValue, Registry
+from tests.unit.serve.fakes import FakeClient
+
+pytestmark = pytest.mark.usefixtures("store")
 
 NEW = Release(version="b" * 12, bundle="new")
-
-
-class FakeClient:
-    """A fake of Serve's client: it only remembers what is deployed. The integration tests ask a real controller."""
-
-    def __init__(self, **bundles: str) -> None:
-        self.applications = {name: config("/" + name, bundle) | {"name": name} for name, bundle in bundles.items()}
-        self.details: dict[str, Any] = {"status": "DEPLOYING", "message": "", "deployments": {}}
-        self.http_options: list[dict[str, Any]] = []
-
-    def get_serve_details(self) -> dict[str, Any]:
-        return {
-            "applications": {
-                name: self.details | {"deployed_app_config": document} for name, document in self.applications.items()
-            }
-        }
-
-    def deploy_apps(self, schema: Any) -> None:
-        self.applications = {one.name: one.model_dump(exclude_unset=True) for one in schema.applications}
-        self.http_options.append(schema.http_options.model_dump())
-
-    def delete_apps(self, names: list[str], blocking: bool = True) -> None:
-        for name in names:
-            del self.applications[name]
-
-    @property
-    def bundles(self) -> dict[str, str]:
-        return {name: document["args"]["bundle"] for name, document in self.applications.items()}
-
-
-def config(prefix: str, bundle: str) -> dict[str, Any]:
-    return {"route_prefix": prefix, "import_path": "bigray.serve.app:build", "args": {"bundle": bundle}}
 
 
 def replicas(*states: str) -> dict[str, Any]:
@@ -54,40 +26,26 @@ def replicas(*states: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(autouse=True)
-def store(monkeypatch: pytest.MonkeyPatch) -> MemoryKeyValue:
-    """What Ray's head node would keep."""
-    store = MemoryKeyValue()
-    monkeypatch.setattr(registry, "RayKeyValue", lambda: store)
-    return store
-
-
-@pytest.fixture
-def spec() -> ServeSpec:
-    """Application 'model'."""
-    return load_serve("serve/local.yaml").with_bundle("new")
-
-
 # ----- an application's config
 
 
 def test_a_failed_replacement_puts_back_what_served(spec: ServeSpec):
     client = FakeClient(model="earlier", other="another")
     before = client.applications["model"]
-    with pytest.raises(DeployError, match="no luck"), Applied(client, spec):
+    with pytest.raises(DeployError, match="no luck"), Applied(client, spec.to_native()):
         raise DeployError("no luck")
     assert client.bundles == {"model": "earlier", "other": "another"}
     assert client.applications["model"] == before
 
 
-def test_a_failed_first_deployment_is_deleted_with_its_channel(spec: ServeSpec, store: MemoryKeyValue):
+def test_a_failed_first_deployment_is_deleted_with_its_channel(spec: ServeSpec):
     client = FakeClient(other="another")
-    applied = Applied(client, spec)
+    applied = Applied(client, spec.to_native())
     applied.channel.begin(NEW, "first")
     with pytest.raises(KeyboardInterrupt), applied:
         raise KeyboardInterrupt
     assert client.bundles == {"other": "another"}
-    assert store.keys(b"") == []
+    assert applied.channel.state() is None
 
 
 def test_a_failed_replacement_leaves_the_channel_of_what_served(spec: ServeSpec):
@@ -95,7 +53,7 @@ def test_a_failed_replacement_leaves_the_channel_of_what_served(spec: ServeSpec)
     earlier = channel_of(client, "model")
     earlier.begin(Release(version="a" * 12, bundle="earlier"), "first")
     before = earlier.state()
-    applied = Applied(client, spec)
+    applied = Applied(client, spec.to_native())
     applied.channel.succeed(before, NEW, "no room for both", is_forced=False)
     with pytest.raises(DeployError, match="no luck"), applied:
         raise DeployError("no luck")
@@ -104,7 +62,7 @@ def test_a_failed_replacement_leaves_the_channel_of_what_served(spec: ServeSpec)
 
 def test_a_deployment_that_works_stays(spec: ServeSpec):
     client = FakeClient(model="earlier", other="another")
-    with Applied(client, spec) as applied:
+    with Applied(client, spec.to_native()) as applied:
         assert client.bundles == {"model": "new", "other": "another"}
         applied.channel.begin(NEW, "first")
     assert client.bundles == {"model": "new", "other": "another"}
@@ -113,16 +71,16 @@ def test_a_deployment_that_works_stays(spec: ServeSpec):
 
 def test_replicas_go_only_when_those_that_replace_them_answer(spec: ServeSpec):
     client = FakeClient(model="earlier")
-    with Applied(client, spec):
+    with Applied(client, spec.to_native()):
         pass
     (deployment,) = client.applications["model"]["deployments"]
     assert deployment["max_surge_percent"] == 100
 
 
-def test_what_ray_refuses_is_told_and_nothing_is_changed(spec: ServeSpec, monkeypatch: pytest.MonkeyPatch):
+def test_what_ray_refuses_is_told_and_nothing_is_changed(spec: ServeSpec):
     client = FakeClient(model="earlier")
-    applied = Applied(client, spec)
-    monkeypatch.setattr(ServeSpec, "application_document", lambda self: {"name": "model", "import_path": 5})
+    wrong = {"name": "model", "import_path": 5, "args": {"bundle": "new"}}
+    applied = Applied(client, spec.to_native() | {"applications": [wrong]})
     with pytest.raises(DeployError, match="Ray refuses the serve file: ") as told:
         applied.__enter__()
     assert "\n" not in str(told.value)
@@ -133,9 +91,65 @@ def test_an_application_that_was_made_in_python_has_no_config_to_hand_in_again(s
     client = FakeClient(model="earlier")
     client.applications["of python"] = None
     assert list(Applied.deployed(client)) == ["model"]
-    with Applied(client, spec):
+    with Applied(client, spec.to_native()):
         pass
     assert client.bundles == {"model": "new"}
+
+
+def test_an_application_that_is_deleted_while_its_new_version_starts_stays_deleted(spec: ServeSpec):
+    client = FakeClient(model="earlier", other="another")
+
+    def delete_and_fail() -> None:
+        take_down(client, "model")
+        raise DeployError("no luck")
+
+    with pytest.raises(DeployError, match="no luck"), Applied(client, spec.to_native()):
+        delete_and_fail()
+    assert client.bundles == {"other": "another"}
+
+
+def test_one_on_its_way_out_is_not_handed_in_again_with_another(spec: ServeSpec):
+    client = FakeClient(model="earlier", other="another")
+    client.details["status"] = "DELETING"
+    with Applied(client, spec.to_native()):
+        pass
+    assert client.bundles == {"model": "new"}
+
+
+def test_what_somebody_else_has_deployed_meanwhile_is_left_alone(spec: ServeSpec):
+    client = FakeClient(model="earlier")
+
+    def supplant_and_fail() -> None:
+        with Applied(client, spec.with_bundle("another deployer's").to_native()):
+            pass
+        raise DeployError("no luck")
+
+    with pytest.raises(DeployError, match="no luck"), Applied(client, spec.to_native()):
+        supplant_and_fail()
+    assert client.bundles == {"model": "another deployer's"}
+
+
+def test_deployers_of_different_applications_at_the_same_time_lose_none(spec: ServeSpec):
+    class SlowClient(FakeClient):
+        """Between what it tells and what it is told there is time for others, as on a cluster."""
+
+        def get_serve_details(self) -> dict[str, Any]:
+            found = super().get_serve_details()
+            time.sleep(0.005)
+            return found
+
+    client = SlowClient(there="before")
+    names = [f"app-{number}" for number in range(6)]
+
+    def deploy(name: str) -> None:
+        (application,) = spec.to_native()["applications"]
+        document = {"applications": [application | {"name": name, "route_prefix": f"/{name}"}]}
+        with Applied(client, document):
+            pass
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(deploy, names))
+    assert sorted(client.bundles) == [*names, "there"]
 
 
 # ----- its channel

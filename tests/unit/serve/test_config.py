@@ -95,6 +95,22 @@ def test_autoscaling_gives_a_floor_and_a_ceiling(tmp_path):
             "bundle: b, models: [{name: a, bundle: c}, {name: a, bundle: d}]",
             "models: 'a' is there twice",
         ),
+        (
+            "num_replicas: 2",
+            "max_ongoing_requests: 5",
+            "0.max_ongoing_requests: Serve's own limit does not hold here; use args.max_queued_requests, got 5",
+        ),
+        ("num_replicas: 2", "max_queued_requests: -1", "deployments.0.max_queued_requests: Serve's own limit does not"),
+        (
+            "num_replicas: 2",
+            "backpressure_config: {status_code: 429}",
+            "deployments.0.backpressure_config: Serve's own",
+        ),
+        (
+            "port: 8100",
+            "request_timeout_s: 3",
+            "http_options.request_timeout_s: Serve's own limit does not hold here; use",
+        ),
         ("port: 8100}", "port: 8100}\ngrpc_options: {prot: 9}", "grpc_options.prot: unknown key, did you mean 'port'?"),
     ],
 )
@@ -160,6 +176,14 @@ def test_grpc_is_offered_where_the_file_has_a_section_for_it(tmp_path):
         "grpc_servicer_functions": ["bigray.serve.wire.grpc_service.add_inference_service"],
     }
     assert ServeDeploySchema.model_validate(document).grpc_options.port == 9100
+
+
+def test_limits_that_do_hold_are_taken(tmp_path):
+    text = GOOD.replace("{bundle: somewhere}", "{bundle: b, max_queued_requests: 9, request_timeout_s: 3}")
+    spec = load_serve(write(tmp_path, text + "grpc_options: {request_timeout_s: 4}\n"))
+    assert (spec.application.args.max_queued_requests, spec.application.args.request_timeout_s) == (9, 3)
+    assert spec.to_native()["grpc_options"]["request_timeout_s"] == 4
+    assert load_serve(write(tmp_path, GOOD.replace("num_replicas: 2", "max_queued_requests: null")))
 
 
 def test_the_policys_settings_come_from_the_file(tmp_path):

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from bigray.serve.direct import DirectApp
+from bigray.serve.direct import DirectApp, go_direct
+from bigray.serve.heads import MOST_HEAD_BYTES
 
 
 class Named:
@@ -56,3 +57,35 @@ def test_a_path_of_another_application_is_serves_to_refuse():
 
 def test_websockets_are_serves():
     assert ask("/", "/predict", kind="websocket")[0] == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_the_replicas_own_server_bounds_the_head_of_a_request(monkeypatch, is_apart):
+    from ray.serve._private import constants, http_util, replica
+    from ray.serve.config import HTTPOptions
+
+    # what go_direct changes is put back after the test
+    monkeypatch.setattr(replica, "start_asgi_http_server", replica.start_asgi_http_server)
+    monkeypatch.setattr(http_util.RequestIdMiddleware, "__call__", http_util.RequestIdMiddleware.__call__)
+    monkeypatch.setattr(constants, "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", is_apart)
+    go_direct(Named())
+
+    async def story() -> bytes:
+        options, loop = HTTPOptions(host="127.0.0.1", port=0), asyncio.get_running_loop()
+        serves = ServesReplica("/").direct_ingress
+        serving, server = await replica.start_asgi_http_server(serves, options, event_loop=loop)
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for part in (b"GET /" + b"x" * (MOST_HEAD_BYTES - 5), b"xx"):
+            writer.write(part)
+            await asyncio.sleep(0.03)
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        server.should_exit = True
+        await serving
+        return answer
+
+    assert asyncio.run(story()).startswith(b"HTTP/1.1 431 ")

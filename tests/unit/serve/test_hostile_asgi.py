@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from bigray.data.features import Column
+from bigray.serve.fast_http import use_fast_http
 from bigray.serve.protect.keys import create_key
 from bigray.serve.sample import write_sample_bundle
 from bigray.serve.standalone import standalone_app
@@ -55,8 +56,10 @@ class Endpoint:
 
 @contextmanager
 def running(app) -> Iterator[int]:
-    """The app behind uvicorn, set up as Serve does it, on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=0, lifespan="off", access_log=False, log_config=None))
+    """The app behind uvicorn, set up as in a replica, on a free port."""
+    config = uvicorn.Config(app, host=HOST, port=0, lifespan="off", access_log=False, log_config=None)
+    use_fast_http(config, app)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

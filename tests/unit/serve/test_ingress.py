@@ -8,7 +8,7 @@ import pytest
 
 from bigray.errors import DeployError
 from bigray.serve import ingress
-from bigray.serve.ingress import claim_folder, end_orphans, haproxy_folder
+from bigray.serve.ingress import claim_folder, claim_node_folder, end_orphans, haproxy_folder
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +56,22 @@ def test_socket_paths_stay_within_what_haproxy_takes(monkeypatch: pytest.MonkeyP
 
 def test_no_process_of_a_port_nobody_used_is_ended():
     assert end_orphans(8000) == []
+
+
+def test_on_a_node_the_folder_that_serve_puts_between_is_this_users_alone(tmp_path: Path):
+    socket_path = str(tmp_path / "haproxy-serve" / "admin.sock")
+    (tmp_path / "haproxy-serve" / "node").mkdir(parents=True, mode=0o755)
+    for node_id in ("node", "another"):
+        claim_node_folder(socket_path, node_id)
+        assert (tmp_path / "haproxy-serve" / node_id).stat().st_mode & 0o777 == 0o700
+
+
+def test_on_a_node_neither_a_link_nor_a_folder_in_somebody_elses_is_taken(tmp_path: Path, monkeypatch):
+    (tmp_path / "node").symlink_to(tmp_path)
+    with pytest.raises(DeployError, match="not a folder of this user; remove it, or set RAY_SERVE_HAPROXY_SOCKET_PATH"):
+        claim_node_folder(str(tmp_path / "admin.sock"), "node")
+    (tmp_path / "open").mkdir()
+    owner = (tmp_path / "open").stat().st_uid
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(DeployError, match="not a folder of this user"):
+        claim_node_folder(str(tmp_path / "open" / "admin.sock"), "node")

@@ -20,10 +20,13 @@ from bigray.serve.release.record import (
     VersionStats,
     abort,
     beat,
+    bring_back,
     finish,
     fraction_of,
+    in_no_replica,
     initial,
     is_live,
+    is_same,
     latency_bucket,
     promote,
     propose,
@@ -168,6 +171,33 @@ def test_going_back_to_a_version_that_was_replaced_with_its_replicas_tells_where
     with pytest.raises(DeployError, match=r"b{12} is not in memory any more; deploy it again: /bundles/b"):
         roll_back(alone, T2, "")
     assert promote(propose(alone, canary(C)), T2, "").replaced is None
+
+
+def test_a_version_that_was_replaced_with_its_replicas_can_be_brought_back_and_away_again(first: ChannelState) -> None:
+    surged = first.model_copy(update={"live": B, "replaced": A})
+    assert in_no_replica(surged) == A
+    back = bring_back(surged, T1, "asked for")
+    assert (back.revision, back.live, back.previous, back.replaced) == (surged.revision + 1, A, None, B)
+    assert (back.history[-1].version, back.history[-1].action) == (B.version, "rolled back")
+    assert bring_back(back, T2, "and again").live == B
+
+
+@pytest.mark.parametrize(
+    "changes", [{"replaced": None}, {"previous": C}, {"rollout": canary(C)}], ids=["none", "in memory", "under way"]
+)
+def test_nothing_is_brought_back_where_there_is_another_way_back(
+    first: ChannelState, changes: dict[str, object]
+) -> None:
+    state = first.model_copy(update={"replaced": B, **changes})
+    assert in_no_replica(state) is None
+    with pytest.raises(DeployError, match="there is none to bring back"):
+        bring_back(state, T1, "asked for")
+
+
+def test_a_rollout_is_the_same_however_often_it_was_heard_of(first: ChannelState) -> None:
+    begun = propose(first, canary(B))
+    assert is_same(beat(beat(begun)).rollout, canary(B))
+    assert not any(is_same(other, canary(B)) for other in (None, load(B), canary(C), canary(B, 0.2)))
 
 
 def test_that_a_version_is_live_can_be_asked_before_it_is_proposed(second: ChannelState) -> None:

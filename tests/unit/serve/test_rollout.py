@@ -27,13 +27,17 @@ from bigray.serve.release.record import (
     Rollout,
     VersionStats,
     abort,
+    beat,
+    initial,
     propose,
+    take_over,
     withdraw,
 )
 from bigray.serve.release.registry import MemoryKeyValue, Registry, update
 from bigray.serve.rollout import Channel, Mode, Progress, total
 from bigray.serve.steward import Identity, Steward
 from bigray.serve.store import ModelStore
+from tests.unit.serve.fakes import wait_until
 
 ROWS = np.zeros((1, 2, 3), np.float32)
 LIMITS = JudgeLimits(min_requests=30, max_seconds=60, max_disagreement=1.0, max_latency_ratio=1e6)
@@ -125,28 +129,6 @@ class Fleet:
         return self.change(load_model(location, ModelSettings()))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@pytest.fixture
-def a(make_release) -> Release:
-    return make_release(0)
-
-
-@pytest.fixture
-def b(make_release) -> Release:
-    return make_release(1)
-
-
-@pytest.fixture
-def c(make_release) -> Release:
-    return make_release(2)
-
-
 @contextmanager
 def running(a: Release, size: int = 2) -> Iterator[Fleet]:
     fleet = Fleet(MemoryKeyValue(), a, size)
@@ -158,6 +140,10 @@ def running(a: Release, size: int = 2) -> Iterator[Fleet]:
 def bring_in(fleet: Fleet, release: Release, mode: Mode | None = None, watch=NOBODY, **options) -> str:
     given = {"why": "the gate's 7 checks passed", "is_forced": False, "timeout_s": 20.0} | options
     return fleet.channel.bring_in(release, mode or Mode(), watch=watch, **given)
+
+
+def heard(fleet: Fleet) -> None:
+    update(fleet.registry, beat)
 
 
 def failing(model: LoadedModel) -> LoadedModel:
@@ -420,6 +406,78 @@ def test_a_deployer_that_decides_too_late_does_not_promote_what_is_not_its_own(a
         assert (fleet.state.live, fleet.state.rollout.release) == (a, c)
 
 
+def left_by_a_deployer_that_is_gone(fleet: Fleet, release: Release) -> None:
+    update(fleet.registry, lambda state: propose(state, Rollout(kind="canary", release=release, share=0.5)))
+    update(fleet.registry, beat)
+
+
+def test_a_rollout_whose_deployer_is_gone_is_taken_over_by_the_next(a, b, c, monkeypatch):
+    monkeypatch.setattr(rollout_module, "STALE_S", 0.1)
+    with running(a) as fleet:
+        left_by_a_deployer_that_is_gone(fleet, b)
+        state = fleet.channel.clear_the_way(c, NOBODY)
+        assert (state.live, state.rollout) == (a, None)
+        bring_in(fleet, c)
+        assert fleet.live == {c.version}
+        (given_up, deployed) = fleet.history
+    assert given_up == (
+        b.version,
+        "rolled back",
+        f"its deployer was not heard for 0.1 s; taken over by the deployment of {c.version}",
+    )
+    assert deployed[:2] == (c.version, "deployed")
+
+
+def test_the_same_version_can_be_deployed_again_where_its_deployer_is_gone(a, b, monkeypatch):
+    monkeypatch.setattr(rollout_module, "STALE_S", 0.1)
+    with running(a) as fleet:
+        left_by_a_deployer_that_is_gone(fleet, b)
+        fleet.channel.clear_the_way(b, NOBODY)
+        bring_in(fleet, b)
+        assert fleet.live == {b.version}
+
+
+def test_a_deployer_that_is_heard_is_not_taken_over(a, b, c):
+    with running(a) as fleet:
+        left_by_a_deployer_that_is_gone(fleet, b)
+        with pytest.raises(DeployError, match=f"another rollout is under way, canary of version {b.version}; wait"):
+            fleet.channel.clear_the_way(c, lambda progress: heard(fleet))
+        assert (fleet.state.rollout.release, fleet.history) == (b, [])
+
+
+def test_a_deployer_that_is_heard_again_at_the_last_moment_is_not_taken_over(a, b):
+    """It beats between the next one's last look and its write."""
+    silent = propose(initial(a, "t0"), Rollout(kind="canary", release=b, share=0.5))
+    heard_again = beat(silent)
+    assert take_over(heard_again, silent.rollout, "t1", "silent") == heard_again
+    assert take_over(silent, silent.rollout, "t1", "silent").rollout is None
+
+
+def test_a_rollout_that_ends_while_its_deployer_is_waited_for_leaves_the_way_clear(a, b, c):
+    def end(progress: Progress) -> None:
+        update(fleet.registry, lambda state: withdraw(state, "t1", "asked for"))
+
+    with running(a) as fleet:
+        left_by_a_deployer_that_is_gone(fleet, b)
+        assert fleet.channel.clear_the_way(c, end).rollout is None
+        assert fleet.history == [(b.version, "rolled back", "asked for")]
+
+
+def test_a_deployer_that_was_taken_over_does_not_go_on_with_another_kind_of_rollout_of_its_version(a, b, monkeypatch):
+    """It slept, and the next one has begun a canary of the same version, which it must not promote."""
+    monkeypatch.setattr(rollout_module, "BEAT_S", 3600.0)
+
+    def supplant(progress: Progress) -> None:
+        if progress.ready == 2 and fleet.state.rollout.kind == "load":
+            update(fleet.registry, lambda state: abort(state, "t1", "not heard"))
+            left_by_a_deployer_that_is_gone(fleet, b)
+
+    with running(a) as fleet:
+        with pytest.raises(DeployError, match="ended from elsewhere"):
+            bring_in(fleet, b, watch=supplant)
+        assert (fleet.state.live, fleet.state.rollout.kind) == (a, "canary")
+
+
 # ----- going back
 
 
@@ -454,11 +512,6 @@ def test_replicas_that_do_not_follow_are_told(a, b):
 
 
 # ----- the first version, and replicas of their own
-
-
-@pytest.fixture
-def store() -> MemoryKeyValue:
-    return MemoryKeyValue()
 
 
 def channel_at(store: MemoryKeyValue, base: str) -> Channel:

@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 
 from bigray.errors import DeployError, SpecError
+from bigray.serve import rollout as rollout_module
 from bigray.serve import runner
-from bigray.serve.channels import Applied
-from bigray.serve.config import ServeSpec, load_serve
-from bigray.serve.release import registry
-from bigray.serve.release.record import Release, Rollout, initial, promote, propose
-from bigray.serve.release.registry import MemoryKeyValue, Registry
-from bigray.serve.rollout import Mode
+from bigray.serve.channels import Applied, channel_of
+from bigray.serve.config import ServeSpec
+from bigray.serve.release.gate import GateReport
+from bigray.serve.release.record import ChannelState, Release, Rollout, initial, promote, propose
+from bigray.serve.release.registry import MemoryKeyValue, Registry, update
+from bigray.serve.release.tables import spans
+from bigray.serve.rollout import Mode, Progress
 from bigray.serve.runner import (
+    _Change,
     _wait_until_running,
     absolute_location,
     delete,
@@ -24,48 +27,12 @@ from bigray.serve.runner import (
     status,
     versions,
 )
+from tests.unit.serve.fakes import FakeClient, config
+
+pytestmark = pytest.mark.usefixtures("store")
 
 A, B = (Release(version=letter * 12, bundle=f"/bundles/{letter}") for letter in "ab")
 AT = "2026-05-01T10:00:00+00:00"
-
-
-class FakeClient:
-    """A fake of Serve's client: it only remembers what is deployed. The integration tests ask a real controller."""
-
-    def __init__(self, **bundles: str) -> None:
-        self.applications = {name: config("/" + name, bundle) | {"name": name} for name, bundle in bundles.items()}
-        self.details: dict[str, Any] = {"status": "DEPLOYING", "message": "", "deployments": {}}
-
-    def get_serve_details(self) -> dict[str, Any]:
-        return {
-            "applications": {
-                name: self.details | {"name": name, "route_prefix": "/" + name, "deployed_app_config": document}
-                for name, document in self.applications.items()
-            }
-        }
-
-    def deploy_apps(self, schema: Any) -> None:
-        self.applications = {one.name: one.model_dump(exclude_unset=True) for one in schema.applications}
-
-    def delete_apps(self, names: list[str], blocking: bool = True) -> None:
-        for name in names:
-            del self.applications[name]
-
-    @property
-    def bundles(self) -> dict[str, str]:
-        return {name: document["args"]["bundle"] for name, document in self.applications.items()}
-
-
-def config(prefix: str, bundle: str) -> dict[str, Any]:
-    return {"route_prefix": prefix, "import_path": "bigray.serve.app:build", "args": {"bundle": bundle}}
-
-
-@pytest.fixture(autouse=True)
-def store(monkeypatch: pytest.MonkeyPatch) -> MemoryKeyValue:
-    """What Ray's head node would keep."""
-    store = MemoryKeyValue()
-    monkeypatch.setattr(registry, "RayKeyValue", lambda: store)
-    return store
 
 
 @pytest.fixture
@@ -77,12 +44,6 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     return client
 
 
-@pytest.fixture
-def spec() -> ServeSpec:
-    """Application 'model'."""
-    return load_serve("serve/local.yaml").with_bundle("new")
-
-
 # ----- while it starts
 
 
@@ -91,16 +52,19 @@ def spec() -> ServeSpec:
     [
         ("DEPLOY_FAILED", "no bundle", "no bundle"),
         ("UNHEALTHY", "it died", "it died"),
+        ("DELETING", "", "it was deleted while it started"),
         ("DEPLOYING", "Traceback\nbigray.errors.DeployError: bad", "bad"),
         ("DEPLOYING", "", "not running in time"),
     ],
 )
-def test_every_failure_while_it_starts_is_undone(spec: ServeSpec, state: str, message: str, expected: str):
+def test_every_failure_while_it_starts_is_undone_but_for_a_deletion(
+    spec: ServeSpec, state: str, message: str, expected: str
+):
     client = FakeClient(model="earlier")
     client.details = {"status": state, "message": message, "deployments": {}}
-    with pytest.raises(DeployError, match=expected), Applied(client, spec):
+    with pytest.raises(DeployError, match=expected), Applied(client, spec.to_native()):
         _wait_until_running(client, "model", deadline=0.0)
-    assert client.bundles == {"model": "earlier"}
+    assert client.bundles == {"model": "new" if state == "DELETING" else "earlier"}
 
 
 def test_one_that_runs_is_waited_for_no_longer(client: FakeClient):
@@ -127,6 +91,15 @@ def test_there_has_to_be_a_version_that_a_candidate_is_compared_with(spec: Serve
 def test_a_factory_that_is_not_allowed_is_refused_before_the_gate(spec: ServeSpec, client, release):
     with pytest.raises(DeployError, match="is not allowed"):
         deploy(release.bundle, spec.with_args(allow_factories=("mine.*",)))
+
+
+def test_a_further_model_with_the_name_of_the_endpoints_own_is_refused_before_the_gate(spec, client, release):
+    with_models = spec.with_args(models=[{"name": "plants", "bundle": "p"}, {"name": "animals", "bundle": "q"}])
+    with pytest.raises(
+        SpecError, match=r"args.models.1.name: 'animals' is the endpoint's own model; give this one"
+    ) as told:
+        deploy(release.bundle, with_models)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +185,96 @@ def test_deleting_the_last_application_ends_serve_and_forgets_its_channel(client
     monkeypatch.setattr(runner, "shutdown", lambda: ended.append(True))
     client.applications["other"] = config("/other", "/bundles/o") | {"name": "other"}
     delete("model")
-    assert (client.bundles, store.keys(b""), ended) == ({"other": "/bundles/o"}, [], [])
+    assert (client.bundles, ended) == ({"other": "/bundles/o"}, [])
+    assert Registry("model", A.bundle, store).read() is None
     delete("other")
     assert (client.bundles, ended) == ({}, [True])
+
+
+# ----- after a surge
+
+
+@pytest.fixture
+def surged(client: FakeClient, store: MemoryKeyValue, a: Release, b: Release, monkeypatch: pytest.MonkeyPatch):
+    """`b` has replaced `a` in replicas of its own, and the fake endpoint answers with what is deployed."""
+    client.applications["model"]["args"]["bundle"] = a.bundle
+    client.details["status"] = "RUNNING"
+    monkeypatch.setattr(runner, "POLL_S", 0.005)
+    monkeypatch.setattr(runner, "fetch_version", lambda url: deployed_version(client, a, b))
+    channel_of(client, "model").begin(a, "first")
+    surge(client, b)
+    return channel_of(client, "model").state()
+
+
+def deployed_version(client: FakeClient, *releases: Release) -> str:
+    return {release.bundle: release.version for release in releases}[client.bundles["model"]]
+
+
+def surge(client: FakeClient, release: Release, spec_args: dict[str, Any] | None = None) -> str:
+    from bigray.serve.config import load_serve
+
+    spec = load_serve("serve/local.yaml").with_args(swap="surge", **spec_args or {})
+    gate = GateReport(version=release.version, model="animals", checks=(), forced=(), seconds=0.0)
+    change = _Change(client, spec, release, gate, timeout_s=0.5)
+    return change.replace(channel_of(client, "model").state(), Mode(), nobody)
+
+
+def nobody(progress: Progress) -> None:
+    pass
+
+
+def test_going_back_after_a_surge_deploys_the_version_before_with_the_settings_that_count(
+    client, surged: ChannelState, a, b
+):
+    assert (surged.live, surged.previous, surged.replaced) == (b, None, a)
+    client.applications["model"]["args"]["slo_ms"] = 5.0
+    before = client.applications["model"]
+
+    after = rollback("model", why="the pager rang")
+
+    assert client.applications["model"] == before | {"args": before["args"] | {"bundle": a.bundle}}
+    assert versions("model")[0] == after
+    assert (after.live, after.previous, after.replaced) == (a, None, b)
+    assert [(entry.version, entry.action) for entry in after.history] == [
+        (a.version, "deployed"),
+        (b.version, "deployed"),
+        (b.version, "rolled back"),
+    ]
+    assert after.history[-1].why == "the pager rang"
+    assert [version for version, _, _ in spans(after)] == [a.version, b.version, a.version]
+    assert rollback("model").live == b, "a second call returns"
+    assert known_versions() == {a.version: a.bundle, b.version: b.bundle}
+
+
+def test_where_the_version_before_does_not_come_up_what_serves_goes_on(client, surged, a, b, monkeypatch):
+    monkeypatch.setattr(runner, "fetch_version", lambda url: b.version)
+    with pytest.raises(DeployError, match=f"still serves version {b.version}, not {a.version}"):
+        rollback("model", timeout_s=0.02)
+    assert client.bundles == {"model": b.bundle}
+    assert versions("model")[0] == surged
+
+
+def test_a_folder_that_holds_another_version_by_now_is_not_gone_back_to(client, surged, store, a, b, c):
+    moved = surged.model_copy(
+        update={"replaced": Release(version=a.version, bundle=c.bundle), "revision": surged.revision + 1}
+    )
+    Registry("model", b.bundle, store).write(moved)
+    with pytest.raises(DeployError, match=f"{c.bundle} holds version {c.version} now; deploy another bundle"):
+        rollback("model")
+    assert (client.bundles, versions("model")[0]) == ({"model": b.bundle}, moved)
+
+
+def test_a_surge_takes_over_from_a_canary_whose_deployer_is_gone(client, surged, store, a, b, monkeypatch):
+    monkeypatch.setattr(rollout_module, "STALE_S", 0.02)
+    monkeypatch.setattr(rollout_module, "POLL_S", 0.005)
+    left = Rollout(kind="canary", release=Release(version="c" * 12, bundle="/c"), share=0.1)
+    update(Registry("model", b.bundle, store), lambda state: propose(state, left))
+
+    surge(client, a)
+
+    state = versions("model")[0]
+    assert (state.live, state.replaced, state.rollout) == (a, b, None)
+    assert [(entry.version, entry.action) for entry in state.history[-2:]] == [
+        ("c" * 12, "rolled back"),
+        (a.version, "deployed"),
+    ]

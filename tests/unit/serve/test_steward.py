@@ -31,6 +31,7 @@ from bigray.serve.release.record import (
 from bigray.serve.release.registry import MemoryKeyValue, Registry, update
 from bigray.serve.steward import RETRY_S, STALE_S, Identity, Steward
 from bigray.serve.store import ModelStore
+from tests.unit.serve.fakes import wait_until
 
 AT = "2026-05-01T10:00:00+00:00"
 ROWS = np.zeros((1, 2, 3), np.float32)
@@ -64,6 +65,10 @@ class Replica:
         self.now += seconds
         self.steward.step(self.now)
 
+    def look(self, seconds: float = 0.25) -> None:
+        self.now += seconds
+        self.steward.look(self.now)
+
     @property
     def report(self) -> ReplicaReport:
         (found,) = (report for report in self.registry.reports() if report.replica == self.name)
@@ -82,21 +87,6 @@ class Replica:
 @pytest.fixture
 def registry() -> Registry:
     return Registry("animals", "/runs/animals-1/bundle", MemoryKeyValue())
-
-
-@pytest.fixture
-def a(make_release) -> Release:
-    return make_release(0)
-
-
-@pytest.fixture
-def b(make_release) -> Release:
-    return make_release(1)
-
-
-@pytest.fixture
-def c(make_release) -> Release:
-    return make_release(2)
 
 
 @pytest.fixture
@@ -439,11 +429,98 @@ class Away(MemoryKeyValue):
             raise ClusterError("the head node does not answer")
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+@pytest.fixture
+def away() -> Away:
+    return Away()
+
+
+@pytest.fixture
+def far_replica(away: Away, a: Release) -> Replica:
+    """As `replica`, with a store that can be away."""
+    replica = Replica(Registry("animals", "base", away), a)
+    replica.step()
+    replica.step()
+    return replica
+
+
+def test_a_canary_gets_no_traffic_while_nothing_can_be_read_and_until_its_deployer_is_heard_again(
+    away, far_replica, a, b
+):
+    registry = far_replica.registry
+    proposed(registry, b, "canary", 0.5)
+    far_replica.look()
+    assert set(sides(far_replica)) == {a.version, b.version}
+
+    away.is_away = True
+    far_replica.look(STALE_S - 1)
+    assert set(sides(far_replica)) == {a.version, b.version}, "a moment does not end a canary"
+    far_replica.look(2)
+    assert set(sides(far_replica)) == {a.version}
+    assert set(far_replica.store.view.held) == {a.version, b.version}
+
+    away.is_away = False
+    far_replica.look()
+    assert set(sides(far_replica)) == {a.version}, "the store is back, the deployer may not be"
+    update(registry, beat)
+    far_replica.look()
+    assert set(sides(far_replica)) == {a.version, b.version}
+
+
+def test_what_was_decided_while_the_store_was_away_is_followed_when_it_is_back(away, far_replica, a, b):
+    proposed(far_replica.registry, b, "canary", 0.5)
+    far_replica.look()
+    away.is_away = True
+    far_replica.look(STALE_S)
+    away.is_away = False
+    promoted(far_replica.registry)
+    far_replica.look()
+    assert set(sides(far_replica)) == {b.version}
+    assert far_replica.loads == [b.bundle], "it stayed in memory"
+
+
+def test_a_candidate_that_is_loaded_while_the_store_goes_away_is_told_later_and_not_loaded_again(
+    away, far_replica, a, b
+):
+    def go_away(location: str) -> None:
+        away.is_away = True
+
+    far_replica.before_load = go_away
+    proposed(far_replica.registry, b)
+    far_replica.look()
+    assert far_replica.answering() == a.version
+    away.is_away = False
+    far_replica.look()
+    far_replica.steward.report()
+    assert (far_replica.report.candidate, far_replica.loads) == ("ready", [b.bundle])
+
+
+@pytest.mark.parametrize("is_away_meanwhile", [False, True])
+def test_a_replica_of_a_deleted_application_does_not_bring_its_channel_back(away, far_replica, a, is_away_meanwhile):
+    far_replica.registry.clear()
+    if is_away_meanwhile:
+        away.is_away = True
+        far_replica.look()
+        away.is_away = False
+    for _ in range(3):
+        far_replica.look()
+    assert far_replica.registry.read() is None
+    assert far_replica.answering() == a.version, "as long as it runs"
+
+
+def test_a_replica_that_starts_beside_a_canary_of_a_deployer_that_is_gone_gives_it_nothing(registry, replica, a, b):
+    proposed(registry, b, "canary", 0.5)
+    update(registry, beat)
+    replica.step()
+    later = Replica(registry, a, "r2")
+    later.step()
+    replica.step(STALE_S)
+    later.step(STALE_S)
+    assert (set(sides(replica)), set(sides(later))) == ({a.version}, {a.version})
+    update(registry, lambda state: abort(state, AT, "taken over"))
+    proposed(registry, b, "canary", 0.5)
+    for each in (replica, later):
+        each.step()
+    assert (set(sides(replica)), set(sides(later))) == ({a.version, b.version}, {a.version, b.version})
 
 
 @pytest.fixture

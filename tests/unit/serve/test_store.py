@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bigray.errors import DeployError
+from bigray.serve.batching import QueueLimits
 from bigray.serve.compare import SideBySide
 from bigray.serve.http import Refusal
 from bigray.serve.release.record import Release, Rollout
@@ -148,6 +149,32 @@ def test_a_canary_of_all_traffic_leaves_none_to_the_live_version(make_model):
     assert store.find(version=A) is live, "a version that is named is the version that answers"
 
 
+def test_a_canary_whose_queue_is_full_leaves_its_callers_to_the_live_version(make_model):
+    gate = threading.Event()
+
+    def slow(rows):
+        gate.wait(20)
+        raise ValueError("late")
+
+    live = make_model(A)
+    candidate = make_model(B, run=slow, is_slow=True, max_rows=1, limits=QueueLimits(max_requests=1))
+    store = ModelStore(live)
+    store.set_view(trying(live, candidate, "canary", share=1.0))
+
+    async def story():
+        asked = []
+        for _ in range(2):  # one in the model, one in the queue
+            asked.append(asyncio.create_task(candidate.submit(ROWS)))
+            await asyncio.sleep(0.02)
+        found = store.find(sticky="x")
+        gate.set()
+        await asyncio.gather(*asked, return_exceptions=True)
+        return found
+
+    assert asyncio.run(story()) is live
+    assert store.find(sticky="x") is candidate
+
+
 @pytest.mark.parametrize("kind", ["shadow", "load"])
 def test_a_candidate_that_is_no_canary_answers_nobody(make_model, kind):
     live, candidate = make_model(A), make_model(B)
@@ -269,7 +296,7 @@ def test_over_the_memory_budget_the_least_recently_used_model_is_let_go(make_mod
     async def story():
         await store.load("one")
         await store.load("two")
-        store.find("one")
+        await store.predict(store.find("one"), ROWS)
         await store.load("three")
         first = [name for name in store.names() if store.is_loaded(name)]
         await store.load("two")
@@ -277,6 +304,19 @@ def test_over_the_memory_budget_the_least_recently_used_model_is_let_go(make_mod
 
     assert asyncio.run(story()) == (["animals", "one", "three"], ["animals", "two", "three"])
     assert loads.loaded == ["one", "two", "three", "two"]
+
+
+def test_to_be_looked_at_keeps_no_model_in_memory(make_model):
+    store = make_store(make_model, Loads(make_model), "one", "two", "three", memory_bytes=200)
+
+    async def story():
+        for name in ("one", "two"):
+            await store.load(name)
+        store.find("one"), store.is_loaded("one")  # as whoever asks whether it is ready
+        await store.load("three")
+
+    asyncio.run(story())
+    assert [name for name in store.names() if store.is_loaded(name)] == ["animals", "two", "three"]
 
 
 def test_a_model_larger_than_the_budget_is_held_alone(make_model):

@@ -173,6 +173,11 @@ class Loud:
         (npy_with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9, " * 300 + "!"), "not a .npy file"),
         (npy_with_header("{'descr': '|V0', 'fortran_order': False, 'shape': (9, 2, 3)}"), "not accepted"),
         (npy_with_header("(" * 5000), "not a .npy file"),
+        (
+            npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (" + "1," * 90 + ")}", b"0"),
+            "wrong shape",
+        ),
+        (npy_with_header("{'descr': '<f4', 'fortran_order': True, 'shape': (0, " + "9" * 30 + ", 3)}"), "wrong shape"),
         (npy_with_header("-" * 9000 + "1"), "not a .npy file"),
         (npy_with_header("__import__('os').getpid()"), "not a .npy file"),
     ],

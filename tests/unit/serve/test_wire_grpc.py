@@ -6,7 +6,7 @@ import asyncio
 import pickle
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -40,6 +40,10 @@ class Loaded:
     def name(self) -> str:
         return self.manifest.name
 
+    def check_room(self) -> None:
+        if self.backend == "full":
+            raise Refusal(503, "overloaded")
+
     async def submit(self, rows: np.ndarray) -> Predictions:
         if rows.max() == 666:
             raise RuntimeError("secret detail")
@@ -56,6 +60,8 @@ class Backend:
         model = self._models.get(name or "animals")
         if name == "busy":
             raise Refusal(503, "too much waits already")
+        if name == "full":
+            return replace(self._models["animals"], backend="full")
         if model is None or version not in (None, model.version):
             raise Refusal(404, f"model '{name}' is not served here")
         return model
@@ -221,6 +227,7 @@ def test_what_is_wrong_comes_as_a_code_and_in_words(client):
     assert failure(infer, "plants", [tensor(ROWS)], headers=KEY)[0] == "NOT_FOUND"
     assert failure(infer, "animals", [tensor(ROWS)], model_version="x", headers=KEY)[0] == "NOT_FOUND"
     assert failure(infer, "busy", [tensor(ROWS)], headers=KEY) == ("UNAVAILABLE", "too much waits already")
+    assert failure(infer, "full", [tensor(ROWS[:, :1])], headers=KEY) == ("UNAVAILABLE", "overloaded"), "not decoded"
     code, words = failure(infer, "animals", [tensor(ROWS[:, :1])], headers=KEY)
     assert code == "INVALID_ARGUMENT"
     assert "wrong shape" in words
@@ -279,6 +286,24 @@ def test_typed_contents_are_taken(bundle: ModelBundle, datatype, field):
     ],
 )
 def test_a_message_that_does_not_fit_is_refused(bundle: ModelBundle, request_, fault):
+    with pytest.raises(SpecError, match=fault):
+        decode_request(request_, bundle.manifest)
+
+
+def message(**parts: Any) -> Any:
+    return message_class("ModelInferRequest")(**parts)
+
+
+@pytest.mark.parametrize(
+    ("request_", "fault"),
+    [
+        (message(inputs=[{}] * 3), "inputs: expected at most 1 tensors, got 3"),
+        (message(inputs=[{"parameters": [{}] * 65}]), "inputs: more than 64 parameters"),
+        (message(inputs=[{}], outputs=[{"name": "label"}] * 65), "outputs: expected at most 64 tensors, got 65"),
+        (message(inputs=[{}], outputs=[{"parameters": [{}] * 65}]), "outputs: more than 64 parameters"),
+    ],
+)
+def test_a_message_of_more_parts_than_any_request_has_is_refused_by_their_number(bundle: ModelBundle, request_, fault):
     with pytest.raises(SpecError, match=fault):
         decode_request(request_, bundle.manifest)
 

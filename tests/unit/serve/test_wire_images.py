@@ -127,11 +127,28 @@ def test_what_is_no_image_is_refused_without_the_decoders_words(bundle: ModelBun
         decode(body, bundle.manifest)
 
 
-@pytest.mark.parametrize("size", [(10_000, 10_000), (200_000, 200_000), (50_000_001, 1)])
+@pytest.mark.parametrize("size", [(10_000, 10_000), (200_000, 200_000), (16_000_001, 1)])
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(bundle: ModelBundle, size):
     header = struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-    with pytest.raises(Refusal, match="50 million pixels") as caught:
+    with pytest.raises(Refusal, match="16 million pixels") as caught:
         decode(bomb, bundle.manifest)
     assert caught.value.status == 413
+
+
+def test_a_large_jpeg_is_taken_where_it_is_decoded_at_a_part_of_its_size(bundle: ModelBundle):
+    large = Image.new("L", (5000, 4000), 51)
+    manifest = bundle.manifest.model_copy(update={"input_range": None})
+    assert np.allclose(decode(encoded(large, "JPEG"), manifest), 51, atol=1)
+    with pytest.raises(Refusal, match="16 million pixels"):  # its decoder holds all of it
+        decode(encoded(large, "JPEG", progressive=True), manifest)
+    with pytest.raises(Refusal, match="16 million pixels"):  # a model of this size has to have all of it
+        decode(encoded(large, "JPEG"), manifest_of(bundle, Column(name="image", shape=(1500, 1500))))
+
+
+def test_a_model_of_large_images_takes_larger_ones(bundle: ModelBundle):
+    manifest = manifest_of(bundle, Column(name="image", shape=(3000, 4000)))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 6000, 8000, 8, 0, 0, 0, 0))
+    with pytest.raises(SpecError, match="not a PNG"):  # the size is fine, but nothing follows
+        decode(bomb + chunk(b"IDAT", b"") + chunk(b"IEND", b""), manifest)

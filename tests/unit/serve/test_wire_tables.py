@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from bigray.bundle import ModelBundle
 from bigray.data.features import Column, FeatureSchema
 from bigray.errors import SpecError
 from bigray.serve.http import Refusal
+from bigray.serve.wire import tables
 from bigray.serve.wire.bodies import ARROW_FILE, ARROW_STREAM, decode_predict
 from bigray.serve.wire.tables import decode_arrow, decode_csv
 
@@ -238,3 +240,63 @@ def test_a_damaged_stream_is_refused_or_read_but_never_harms():
             assert np.isfinite(rows).all()
             outcomes["read"] += 1
     assert min(outcomes.values()) > 0
+
+
+def test_of_columns_that_the_model_does_not_know_nothing_is_looked_at():
+    text = pa.Array.from_buffers(pa.utf8(), 1, [None, pa.py_buffer(struct.pack("<ii", 0, 1)), pa.py_buffer(b"\xff")])
+    with pytest.raises(pa.ArrowInvalid):
+        text.validate(full=True)
+    others = {
+        "text": text,
+        "view": pa.array(["a text that is too long for its view"], pa.string_view()),
+        "tags": pa.array(["x"]).dictionary_encode(),
+        "nested": pa.array([[{"a": [1]}]]),
+    }
+    table = pa.table({**others, "height": [2.0], "more": others["nested"], "width": [1]})
+    assert decode_arrow(stream(table), PAIR).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["1"], pa.string_view()),
+        pa.array([[1.0] * 6], pa.list_view(pa.float64())),
+        pa.array([[[FLAT]]]),
+        pa.RunEndEncodedArray.from_arrays([1], [1.0]),
+        pa.array([], pa.list_(pa.list_(pa.float32(), 0), 10**9)),
+        pa.array([], pa.list_(pa.list_(pa.float32(), 3), 3)),
+        pa.array([], pa.list_(pa.float32(), 7)),
+    ],
+    ids=["text", "list views", "too deep", "run ends", "nothing, often", "other sizes", "another size"],
+)
+def test_a_column_of_another_type_is_refused_by_its_type(column):
+    with pytest.raises(SpecError, match=r"column 'image' (is of type|has)"):
+        decode_arrow(stream(pa.table({"image": column})), PICTURE)
+
+
+def test_dictionaries_that_grow_are_refused():
+    words = [pa.DictionaryArray.from_arrays([0], pa.array([1.0, 2.0][:size])) for size in (1, 2)]
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
+    with pa.ipc.new_stream(
+        sink, pa.schema({"width": words[0].type, "height": pa.float64()}), options=options
+    ) as writer:
+        for one in words:
+            writer.write_batch(pa.record_batch({"width": one, "height": pa.array([2.0])}))
+    with pytest.raises(SpecError, match="dictionaries that come in parts"):
+        decode_arrow(sink.getvalue().to_pybytes(), PAIR)
+
+
+def test_a_dictionary_that_is_replaced_is_the_one_of_what_follows():
+    columns = [
+        pa.chunked_array([pa.array(part).dictionary_encode() for part in parts]) for parts in ([[1], [3]], [[2], [4]])
+    ]
+    assert decode_arrow(stream(pair(*columns)), PAIR).tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_body_of_more_batches_than_anybody_writes_is_refused(monkeypatch):
+    monkeypatch.setattr(tables, "MOST_BATCHES", 3)
+    three, four = (pa.chunked_array([[1.0]] * size) for size in (3, 4))
+    assert len(decode_arrow(stream(pair(three, three)), PAIR)) == 3
+    with pytest.raises(SpecError, match="more than 3 batches; write larger ones"):
+        decode_arrow(stream(pair(four, four)), PAIR)

@@ -67,11 +67,12 @@ def test_a_trial_that_may_go_on_is_left_alone_until_the_run_is_complete(paths: R
     assert _names_trimmed(paths) == {"b"}
 
 
-def test_finalists_seeds_keep_their_weights_until_one_has_won(paths: RunPaths) -> None:
-    trials = _saved(paths, "a", "a-seed1", "a-seed2")
+@pytest.mark.parametrize(("one", "other"), [("a-seed1", "a-seed2"), ("a-fold1", "a-usual")])
+def test_finalists_seeds_and_folds_keep_their_weights_until_one_has_won(paths: RunPaths, one: str, other: str) -> None:
+    trials = _saved(paths, "a", one, other)
     housekeeping = Housekeeping(paths, trials, 1, 1, [])
-    housekeeping.note([*_state("a", 0.9), Event("finalists", "", {"trials": ["a"], "seeds": 2})])
-    housekeeping.note([*_state("a-seed1", 0.8), *_state("a-seed2", 0.7)])
+    housekeeping.note([*_state("a", 0.9), Event("finalists", "", {"trials": ["a"]})])
+    housekeeping.note([*_state(one, 0.8), *_state(other, 0.7)])
     assert _names_trimmed(paths) == set()
 
 

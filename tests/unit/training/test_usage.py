@@ -65,7 +65,7 @@ TRIALS = """
     clean = CleanState()
     gc.collect()
     gc.freeze()
-    for number in range(200):
+    for number in range(70):
         factory, params = models[number % 2]
         settings = {"task": "classification", "epochs": 1, "global_batch_size": (16, 64, 128)[number % 3]}
         training = TrainingSpec.model_validate({**settings, "optimizer": ("adamw", "sgd")[number % 2]})
@@ -84,12 +84,12 @@ TRIALS = """
 """
 
 
-def test_two_hundred_trials_leave_next_to_nothing_in_their_process() -> None:
+def test_fifty_trials_more_leave_next_to_nothing_in_their_process() -> None:
     """In a process of its own, with the worker's own steps between two trials."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(TRIALS)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) < 30 * MB
+    assert int(done.stdout) < 8 * MB  # 0.1 seen; 600 trials of this growth would be 100 MB
 
 
 def test_memory_that_other_processes_share_does_not_count() -> None:

@@ -1,0 +1,45 @@
+"""A fake of Serve's client, and what tests of several modules do with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class FakeClient:
+    """It only remembers what is deployed. The integration tests ask a real controller."""
+
+    def __init__(self, **bundles: str) -> None:
+        self.applications = {name: config("/" + name, bundle) | {"name": name} for name, bundle in bundles.items()}
+        self.details: dict[str, Any] = {"status": "DEPLOYING", "message": "", "deployments": {}}
+
+    def get_serve_details(self) -> dict[str, Any]:
+        return {
+            "applications": {
+                name: self.details | {"name": name, "route_prefix": "/" + name, "deployed_app_config": document}
+                for name, document in self.applications.items()
+            }
+        }
+
+    def deploy_apps(self, schema: Any) -> None:
+        self.applications = {one.name: one.model_dump(exclude_unset=True) for one in schema.applications}
+
+    def delete_apps(self, names: list[str], blocking: bool = True) -> None:
+        for name in names:
+            del self.applications[name]
+
+    @property
+    def bundles(self) -> dict[str, str]:
+        return {name: document["args"]["bundle"] for name, document in self.applications.items()}
+
+
+def config(prefix: str, bundle: str) -> dict[str, Any]:
+    return {"route_prefix": prefix, "import_path": "bigray.serve.app:build", "args": {"bundle": bundle}}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
