@@ -110,7 +110,8 @@ def write_model(folder: Path, *, seed: int = 0, shape: tuple[int, ...] = (784,),
     folder.mkdir(parents=True, exist_ok=True)
     bundle = write_sample_bundle(str(folder), seed=seed, columns=(Column(name="image", shape=shape),), **options)
     loaded = ModelBundle.load(bundle)
-    constants = {name: getattr(loaded.manifest.preprocessing, name) for name in ("mean", "std")}
+    fitted = loaded.manifest.preprocessing
+    constants = {"mean": fitted.center, "std": fitted.scale}
     reshaped = {name: np.reshape(value, (-1, *[1] * (len(shape) - 1))).tolist() for name, value in constants.items()}
     Path(f"{bundle}.json").write_text(json.dumps({**reshaped, "shape": shape, "version": loaded.version}))
     row = np.random.default_rng(0).random((1, *shape)).round(4).astype(np.float32)

@@ -31,7 +31,7 @@ from bigray.errors import StorageError
 from bigray.specs import BuiltInTask
 from bigray.storage import MANIFEST, Storage, commit_folder, open_storage, read_files, read_manifest
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 WEIGHTS = "weights.safetensors"
 ONNX = "model.onnx"
 GOLDEN = "golden.safetensors"

@@ -33,6 +33,8 @@ from bigray.specs import TrialSpec
 if TYPE_CHECKING:
     from bigray.cluster.plan import Plan
     from bigray.compression.report import Compression
+    from bigray.data.inspection import ColumnReport
+    from bigray.data.overview import TableReport, TextReport
     from bigray.explaining import Explained
     from bigray.prediction.predicting import PredictionResult
     from bigray.report import RunReport, Totals
@@ -584,6 +586,91 @@ def print_compression(made: Compression) -> None:
     for note in made.notes:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
     out.print(f"bundle: {made.location}", soft_wrap=True, markup=False)
+
+
+MOST_COLUMNS_OF_DATA = 40
+"""Columns and classes of a job's data that are shown; --json has all."""
+
+
+def print_data_report(job: str, found: TableReport) -> None:
+    """A job's rows: parts, columns, classes, what is odd about them, and a few of them."""
+    report = found.report
+    out.print(_parts_line(job, found.rows), soft_wrap=True)
+    out.print(_column_table(report.columns, found.shape))
+    if report.classes:
+        out.print(_class_table(report.target, report.classes, found.rows))
+    if found.target_range is not None:
+        low, mean, high = found.target_range
+        out.print(Text.assemble(("target ", "bold"), f"{report.target}: {low:.4g} to {high:.4g}, mean {mean:.4g}"))
+    counts = f"{report.duplicates:,} duplicates, {report.contradictions:,} contradictions"
+    leaks = ", ".join(f"{count:,} from {pair.replace(', ', ' to ')}" for pair, count in report.leaks.items())
+    out.print(Text.assemble(("rows ", "bold"), f"{counts}, leaks: {leaks or 'none'}"), soft_wrap=True)
+    readable = [example for example in report.examples if len(example) > 1]  # of images there is but the target
+    for number, example in enumerate(readable):
+        out.print(Text.assemble((f"example {number} ", "bold"), _dumped(example)), soft_wrap=True)
+    _print_warnings(found.warnings)
+
+
+def print_text_report(job: str, found: TextReport) -> None:
+    """A job's text: parts, vocabulary, the beginning."""
+    out.print(_parts_line(job, found.rows, f"windows of {found.context} tokens"), soft_wrap=True)
+    tokens = ", ".join(f"{count:,} {part}" for part, count in found.tokens.items())
+    out.print(Text.assemble(("tokens ", "bold"), f"{tokens}; a token is a {found.level}"), soft_wrap=True)
+    shown = "every byte" if found.level == "byte" else json.dumps("".join(found.vocabulary), ensure_ascii=False)
+    out.print(Text.assemble(("vocabulary ", "bold"), f"{len(found.vocabulary):,}: {shown}"), soft_wrap=True)
+    out.print(Text.assemble(("begins ", "bold"), json.dumps(found.example, ensure_ascii=False)), soft_wrap=True)
+    _print_warnings(found.warnings)
+
+
+def _print_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        out.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+def _parts_line(job: str, rows: Mapping[str, int], unit: str = "rows") -> Text:
+    total = sum(rows.values())
+    parts = ", ".join(f"{count:,} {part} ({count / max(total, 1):.0%})" for part, count in rows.items())
+    return Text.assemble(("data ", "bold"), f"of {job}: {total:,} {unit}: {parts}")
+
+
+def _column_table(columns: Sequence[ColumnReport], shape: tuple[int, ...]) -> Table:
+    table = Table(title="inputs", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("column", "kind", "type", "missing", "distinct", "values", "outliers"):
+        is_number = name in ("missing", "distinct", "outliers")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for column in columns[:MOST_COLUMNS_OF_DATA]:
+        table.add_row(
+            Text(column.name),
+            column.kind,
+            Text(column.type),
+            Text(f"{column.missing:,}", style="yellow" if column.missing else ""),
+            _count(column.distinct),
+            Text("x".join(map(str, shape)) if shape else _values_of(column)),
+            Text(f"{column.outliers:,}", style="yellow" if column.outliers else ""),
+        )
+    if len(columns) > MOST_COLUMNS_OF_DATA:
+        table.add_row(f"and {len(columns) - MOST_COLUMNS_OF_DATA:,} more", *[""] * 6)
+    return table
+
+
+def _values_of(column: ColumnReport) -> str:
+    if column.low is not None and column.high is not None and column.mean is not None:
+        return f"{column.low:.4g} to {column.high:.4g}, mean {column.mean:.4g}"
+    shown = ", ".join(f"{value} ({count:,})" for value, count in column.most_common)
+    return shown + (", ..." if (column.distinct or 0) > len(column.most_common) else "")
+
+
+def _class_table(target: str, classes: Mapping[str, Mapping[str, int]], rows: Mapping[str, int]) -> Table:
+    table = Table(title=f"target {target}: {len(classes):,} classes", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("class")
+    for part in rows:
+        table.add_column(part, justify="right", no_wrap=True)
+    for name, counts in list(classes.items())[:MOST_COLUMNS_OF_DATA]:
+        shares = ((counts[part], counts[part] / rows[part] if rows[part] else 0.0) for part in rows)
+        table.add_row(Text(name), *(f"{count:,} ({share:.1%})" for count, share in shares))
+    if len(classes) > MOST_COLUMNS_OF_DATA:
+        table.add_row(f"and {len(classes) - MOST_COLUMNS_OF_DATA:,} more", *[""] * len(rows))
+    return table
 
 
 MOST_EXPLAINED = 20

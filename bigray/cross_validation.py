@@ -51,7 +51,7 @@ def cross_validate(
     """Each model over its folds, by the metric of each fold's best epoch: the best mean first.
 
     A mean over some of the folds is not comparable with one over all, so a model that failed or diverged in a fold
-    comes after those with more. Equals are in the order of the results.
+    comes after those with more. Equals are in the order of their names, whatever that of the results is.
     """
     of_models: dict[str, list[TrialResult]] = {}
     for result in results:
@@ -59,7 +59,11 @@ def cross_validate(
             of_models.setdefault(result.model_name, []).append(result)
     scores = [_score(name, found, num_folds, metric) for name, found in of_models.items()]
     sign = 1.0 if mode == "max" else -1.0
-    return tuple(sorted(scores, key=lambda one: (-len(one.values), -sign * one.mean if one.values else 0.0)))
+
+    def key(one: CrossValidation) -> tuple[int, float, str]:
+        return (-len(one.values), -sign * one.mean if one.values else 0.0, one.model_name)
+
+    return tuple(sorted(scores, key=key))
 
 
 def _score(name: str, results: Iterable[TrialResult], num_folds: int, metric: str) -> CrossValidation:

@@ -19,10 +19,10 @@ class TorchModel:
         spec = bundle.manifest
         self.version, self.shape = bundle.version, list(spec.inputs.input_shape)
         self.module = build_model(
-            spec.factory.factory, spec.factory.params, spec.inputs.input_shape, spec.outputs.num_outputs
+            spec.factory.factory, spec.factory.params, spec.model_input_shape, spec.outputs.num_outputs
         ).eval()
         self.module.load_state_dict(safetensors.torch.load(bundle.weights))
-        constants = (spec.preprocessing.mean, spec.preprocessing.std)
+        constants = (spec.preprocessing.center, spec.preprocessing.scale)
         self.mean, self.std = (torch.tensor(each).reshape(-1, *[1] * (len(self.shape) - 1)) for each in constants)
 
     def probabilities(self, rows: Any) -> Any:

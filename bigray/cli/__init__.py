@@ -6,6 +6,7 @@ import os
 import sys
 
 import bigray.cli.bundles
+import bigray.cli.data
 import bigray.cli.serving
 import bigray.cli.training  # noqa: F401  # each registers its commands
 from bigray.cli.app import app

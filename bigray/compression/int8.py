@@ -1,4 +1,4 @@
-"""Eight-bit weights and activations in the ONNX graph; no torch and no factory.
+"""Eight-bit weights and activations in the ONNX graph; the factory is not needed.
 
 Post-training static quantization by ONNX Runtime, in its QDQ form: the range of each activation is taken from the
 bundle's golden rows, which are rows of validation, so that the sealed holdout stays unseen. The ranges are fixed, not
@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from bigray.bundle import ONNX, ModelBundle
 from bigray.compression.change import Changed
 from bigray.errors import SpecError
 from bigray.onnx_export import strip_metadata
+
+if TYPE_CHECKING:
+    import torch
 
 FloatArray = NDArray[np.float32]
 
@@ -39,8 +42,9 @@ QUANTIZED = (
     "GlobalAveragePool",
     "ReduceMean",
 )
-"""Operators that pass on eight bits. Of these `CALCULATING` have weights, without any of which there is no point."""
-CALCULATING = frozenset({"Conv", "Gemm", "MatMul"})
+"""Operators between convolutions that pass on eight bits. In a graph without any, such as a transformer, only what has
+weights does, `CALCULATING`: sums of what comes in and what a layer makes of it need more than eight bits."""
+CALCULATING = ("Conv", "Gemm", "MatMul")
 
 
 def quantize(bundle: ModelBundle, rows: FloatArray) -> Changed:
@@ -51,7 +55,11 @@ def quantize(bundle: ModelBundle, rows: FloatArray) -> Changed:
     """
     if bundle.onnx is None:
         raise SpecError(f"--int8: the bundle has no {ONNX}, which is what is quantized; use --prune")
-    _check_operators(bundle.onnx)
+    operators = _operators(bundle.onnx)
+    if "QuantizeLinear" in operators:
+        raise SpecError(f"--int8: the {ONNX} of this bundle is of eight bits already")
+    if operators.isdisjoint(CALCULATING):
+        raise SpecError(f"--int8: {ONNX} has no layer to quantize (of: {', '.join(CALCULATING)})")
     return Changed(halve(bundle.weights), quantize_graph(bundle.onnx, rows))
 
 
@@ -70,7 +78,7 @@ def quantize_graph(model: bytes, rows: FloatArray) -> bytes:
             str(done),
             _reader(str(folded), rows),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
+            op_types_to_quantize=list(QUANTIZED if "Conv" in _operators(model) else CALCULATING),
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -83,27 +91,25 @@ def quantize_graph(model: bytes, rows: FloatArray) -> bytes:
 
 def halve(weights: bytes) -> bytes:
     """safetensors -> the same with float32 tensors as float16, but for those that hold larger numbers than it can."""
-    import safetensors.numpy
+    import safetensors.torch
 
-    tensors = safetensors.numpy.load(weights)
-    return bytes(safetensors.numpy.save({name: _half(tensor) for name, tensor in tensors.items()}))
+    tensors = safetensors.torch.load(weights)
+    return bytes(safetensors.torch.save({name: _half(tensor) for name, tensor in tensors.items()}))
 
 
-def _half(tensor: NDArray[Any]) -> NDArray[Any]:
-    if tensor.dtype != np.float32:
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if tensor.dtype != torch.float32:
         return tensor
-    is_too_large = tensor.size > 0 and float(np.abs(tensor).max()) > float(np.finfo(np.float16).max)
-    return tensor if is_too_large else tensor.astype(np.float16)
+    is_too_large = tensor.numel() > 0 and float(tensor.abs().max()) > torch.finfo(torch.float16).max
+    return tensor if is_too_large else tensor.half()
 
 
-def _check_operators(model: bytes) -> None:
+def _operators(model: bytes) -> set[str]:
     import onnx
 
-    operators = {node.op_type for node in onnx.load_model_from_string(model).graph.node}
-    if "QuantizeLinear" in operators:
-        raise SpecError(f"--int8: the {ONNX} of this bundle is of eight bits already")
-    if not operators & CALCULATING:
-        raise SpecError(f"--int8: {ONNX} has no layer to quantize (of: {', '.join(sorted(CALCULATING))})")
+    return {str(node.op_type) for node in onnx.load_model_from_string(model).graph.node}
 
 
 def _reader(model: str, rows: FloatArray) -> Any:

@@ -28,6 +28,8 @@ UNSEEN = -1.0
 UNSEEN_NAME = "(unseen in training)"
 """Stands for such a category where a code is turned back into a value."""
 
+_MOST_BITS = 256
+"""Of a whole number that is written out: of far longer ones Python refuses to."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _MICROSECONDS_A_DAY = 86_400_000_000
@@ -48,7 +50,7 @@ def category_text(value: Any) -> str:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
+    if isinstance(value, int) and value.bit_length() <= _MOST_BITS:
         return str(value)
     if isinstance(value, float | Decimal) and math.isfinite(value):
         return str(int(value)) if value == int(value) else str(float(value))
@@ -119,7 +121,7 @@ def encode_column(values: pa.ChunkedArray, column: Column, rows: Sequence[int] |
         found = values.cast(pa.float64(), safe=False).to_numpy()
         codes = _refuse_missing(found, column, rows)
     elif column.kind == "date" and (pa.types.is_date(kind) or pa.types.is_timestamp(kind)):
-        codes = _refuse_missing(_microseconds(values) / _MICROSECONDS_A_DAY, column, rows)
+        codes = _refuse_missing(_microseconds(values, column) / _MICROSECONDS_A_DAY, column, rows)
     else:
         codes = _encode_distinct(values, column, rows)
     return _as_codes(codes[:, None], [column], "row {}", rows)[:, 0]
@@ -135,7 +137,8 @@ def plain_values(values: pa.ChunkedArray | pa.Array) -> Any:
     """Times in microseconds and UTC, which Python's own can hold; other columns as they are."""
     if pa.types.is_timestamp(values.type):
         zone = "UTC" if values.type.tz is not None else None
-        return values.cast(pa.timestamp("us", tz=zone), safe=False)
+        # of nanoseconds the rest is cut off; seconds beyond the range of microseconds are an error
+        return values.cast(pa.timestamp("us", tz=zone), safe=values.type.unit != "ns")
     return values
 
 
@@ -157,6 +160,8 @@ def is_plain_number(kind: pa.DataType) -> bool:
 
 def shown(value: Any) -> str:
     """A value as a message has it."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return "a huge number"
     text = repr(value) if not isinstance(value, date | Decimal) else str(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
@@ -239,34 +244,42 @@ def _refuse_missing(values: NDArray[np.float64], column: Column, rows: Sequence[
     return values
 
 
-def _microseconds(values: pa.ChunkedArray) -> NDArray[np.float64]:
+def _microseconds(values: pa.ChunkedArray, column: Column) -> NDArray[np.float64]:
     """Of dates and times since 1970 in UTC, NaN where there is none; a double holds them exactly for 285 years."""
-    moments = values.cast(pa.timestamp("us")) if pa.types.is_date(values.type) else plain_values(values)
+    try:
+        moments = values.cast(pa.timestamp("us")) if pa.types.is_date(values.type) else plain_values(values)
+    except pa.ArrowException:
+        raise SpecError(f"column '{column.name}' holds dates beyond the year 290,000") from None
     return np.asarray(moments.cast(pa.int64()).to_numpy(), np.float64)
 
 
 def _encode_distinct(values: pa.ChunkedArray, column: Column, rows: Sequence[int] | None) -> NDArray[np.float64]:
     """Each distinct value once, by the function that encodes records."""
-    try:
-        encoded = plain_values(values).combine_chunks().dictionary_encode(null_encoding="encode")
-    except pa.ArrowException:
-        raise SpecError(f"column '{column.name}' is {values.type}, which has no values to compare") from None
-    arrays = encoded.chunks if isinstance(encoded, pa.ChunkedArray) else [encoded]
-    encode, done = encoder_of(column), []
-    for array in arrays:
-        codes, faults = [], {}
-        for number, value in enumerate(array.dictionary.to_pylist()):
+    encode = encoder_of(column)
+    done: list[NDArray[np.float64]] = [np.zeros(0)]
+    for indices, distinct in _distinct_parts(values, column):
+        codes, faults = np.zeros(len(distinct)), dict[int, str]()
+        for number, value in enumerate(distinct):
             try:
-                codes.append(encode(value))
+                codes[number] = encode(value)
             except (ValueError, TypeError, OverflowError) as error:
-                codes.append(math.nan)
                 faults[number] = _reason(error, value)
-        indices = array.indices.to_numpy(zero_copy_only=False)
         if faults:
             row = int(np.isin(indices, list(faults)).argmax())
-            raise _fault(f"row {_numbered(row, rows)}", column, faults[int(indices[row])])
-        done.append(np.asarray(codes, np.float64)[indices])
-    return np.concatenate(done) if done else np.zeros(0, np.float64)
+            place = f"row {_numbered(row + sum(map(len, done)), rows)}"
+            raise _fault(place, column, faults[int(indices[row])])
+        done.append(codes[indices])
+    return np.concatenate(done)
+
+
+def _distinct_parts(values: pa.ChunkedArray, column: Column) -> list[tuple[NDArray[np.int32], list[Any]]]:
+    """Which distinct value is in each row, and the distinct values; of a huge column in parts."""
+    try:
+        encoded = plain_values(values).combine_chunks().dictionary_encode(null_encoding="encode")
+        parts = encoded.chunks if isinstance(encoded, pa.ChunkedArray) else [encoded]
+        return [(part.indices.to_numpy(zero_copy_only=False), part.dictionary.to_pylist()) for part in parts]
+    except (pa.ArrowException, ValueError, OverflowError):  # of lists, or of times that Python's own cannot hold
+        raise SpecError(f"column '{column.name}' is {values.type}, which has no values to compare") from None
 
 
 def _numbered(row: int, rows: Sequence[int] | None) -> int:

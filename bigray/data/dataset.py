@@ -299,7 +299,15 @@ def _encode(inputs: FeatureSchema, table: pa.Table, rows: NDArray[np.int64]) -> 
     try:
         return inputs.from_table(table, rows)  # type: ignore[arg-type]  # an array of numbers is as good as a list
     except SpecError as error:
-        raise SpecError([f"data.source: {fault}; clean them in the source" for fault in error.faults]) from None
+        raise SpecError([f"data.source: {fault}; {_way_out(fault, inputs)}" for fault in error.faults]) from None
+
+
+def _way_out(fault: str, inputs: FeatureSchema) -> str:
+    if "holds NaN" in fault and not inputs.is_tensor:
+        return "clean them in the source, or say in data.missing what to do with NaN"
+    if "not a category" in fault:
+        return 'set data.unknown_category = "ignore", or leave those rows out of the source'
+    return "clean them in the source"
 
 
 def _fit(spec: DataSpec, inputs: FeatureSchema, x_train: NDArray[Any]) -> Preprocessing:

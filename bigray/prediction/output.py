@@ -49,6 +49,7 @@ class Output:
         asked = {name: document[name] for name in SAME}
         if self._is_file and self._parent.exists(self._name):
             check_same(self._joined_lineage(), asked, self.location)
+            self._remove_parts()  # of a process that died between the last two steps
             return None
         if self._parts.exists(RECORD):
             check_same(self._record(), asked, self._parts.uri)
@@ -76,7 +77,11 @@ class Output:
             for part in parts:
                 writer.write_table(self._read(part.file).cast(whole))
         filesystem.move(temporary.root, self._parent.child(self._name).root)
-        filesystem.delete_dir(self._parts.root)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        if self._parts.exists():
+            self._parts.filesystem.delete_dir(self._parts.root)
 
     def _record(self) -> dict[str, Any]:
         try:

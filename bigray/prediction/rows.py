@@ -14,6 +14,7 @@ from bigray.data.sources import read_table
 from bigray.data.sources.extensions import restore_tensors
 from bigray.data.sources.locations import SourceFile, find_files
 from bigray.data.sources.parquet_files import open_parquet
+from bigray.data.sources.reading import FUNCTION
 from bigray.errors import SpecError
 from bigray.prediction.parts import Part, cut, parts_of
 
@@ -115,7 +116,7 @@ class ParquetRows:
 
 def _large_parquet(source: str, large_bytes: int) -> tuple[SourceFile, ...] | None:
     """The files, where all are Parquet and there is much of it."""
-    if ":" in source and "://" not in source:  # a function
+    if FUNCTION.fullmatch(source):
         return None
     files = find_files(source)
     if not files or any(file.kind != ".parquet" for file in files):

@@ -9,16 +9,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from bigray.errors import SpecError
 from bigray.inference import Predictions
 from bigray.serve.exchange import Exchange, content_length
-from bigray.serve.http import TRY_AGAIN, Answer, Headers, Refusal, Request
+from bigray.serve.generation.answering import answer_generation
+from bigray.serve.http import TRY_AGAIN, Answer, Headers, Refusal, Request, Streamed
+from bigray.serve.loaded import LoadedModel
 from bigray.serve.observe.access_log import AccessLog
 from bigray.serve.observe.telemetry import MODEL_ROUTES, Telemetry
 from bigray.serve.pictures import PictureDesk, is_picture
@@ -40,6 +45,8 @@ BODIES_AT_ONCE, LEAST_HELD_BYTES = 4, 256 * 2**20
 """Bodies that come in parts are held up to so many of the largest allowed, or that many bytes where it is more: they
 come as slowly as their senders like. A body that comes in one piece is decoded before the next one is looked at."""
 TICK_S = 0.2
+READS_WITHIN_S = 30.0
+"""A caller that takes no more of a streamed answer for so long has gone."""
 
 # Serve sends this logger to the replica's own log file
 _logger = logging.getLogger("ray.serve")
@@ -92,7 +99,8 @@ class ModelApp:
         exchange = Exchange(scope["method"], path, scope["headers"], scope.get("client"))
         attended = self._under_way.begin(receive)
         try:
-            answer = await self._answer(exchange, attended)
+            found = await self._answer(exchange, attended)
+            answer = await self._stream(found, exchange, send) if isinstance(found, Streamed) else found
         except asyncio.CancelledError:
             refusal = attended.fault
             if refusal is None or attended.task is None:
@@ -108,7 +116,10 @@ class ModelApp:
             if exchange.is_model_route:
                 self._telemetry.ongoing(-1)
         self._record(exchange, answer)
-        await _send_answer(send, answer, exchange.answer_headers(self._store.view.live.version))
+        if not exchange.is_begun:
+            await _send_answer(send, answer, exchange.answer_headers(self._store.view.live.version))
+        elif answer.status != 499:
+            await send({"type": "http.response.body", "body": b""})
 
     def quick_route(self, exchange: Exchange) -> Route | None:
         """Where a POST leads that `answer_soon` answers.
@@ -121,7 +132,8 @@ class ModelApp:
             route = self._router.find(exchange.path, exchange.method)
         except Refusal:
             return None
-        is_quick = route.handler is None and (route.model is None or self._store.is_loaded(route.model))
+        asks_once = route.handler is None and route.generates is None
+        is_quick = asks_once and (route.model is None or self._store.is_loaded(route.model))
         return route if is_quick else None
 
     def answer_soon(self, exchange: Exchange, route: Route, body: bytes, reply: Reply) -> asyncio.Future[Any] | None:
@@ -165,7 +177,7 @@ class ModelApp:
         self._record(exchange, answer)
         reply(answer, exchange.answer_headers(self._store.view.live.version))
 
-    async def _answer(self, exchange: Exchange, attended: Attended) -> Answer:
+    async def _answer(self, exchange: Exchange, attended: Attended) -> Answer | Streamed:
         exchange.check_headers()
         route = self._router.find(exchange.path, exchange.method)
         self._admit(exchange, route)
@@ -175,6 +187,8 @@ class ModelApp:
         request = Request(exchange.method, exchange.path, exchange.headers, body)
         if route.handler is not None:
             return await route.handler(request)
+        if route.generates is not None:
+            return await self._generate(exchange, route, request)
         return await self._ask_model(exchange, route, request)
 
     def _admit(self, exchange: Exchange, route: Route) -> None:
@@ -197,11 +211,7 @@ class ModelApp:
             self._store.find(route.model, route.version, exchange.sticky()).batcher.check_room()
 
     async def _ask_model(self, exchange: Exchange, route: Route, request: Request) -> Answer:
-        name = route.model
-        if name is not None and not self._store.is_loaded(name):
-            await self._store.load(name)
-        chosen = self._store.find(name, route.version, exchange.sticky())
-        chosen.batcher.check_room()  # again: the body may have come slowly, and to decode one that is refused is dear
+        chosen = await self._choose(exchange, route)
         if is_picture(request.headers):
             question = await self._pictures.run(route.decode, request, chosen)
         else:
@@ -210,6 +220,54 @@ class ModelApp:
         exchange.answered = chosen  # what fails from here on is this version's
         predictions, exchange.answered = await self._store.predict(chosen, question.rows)
         return question.encode(predictions, exchange.answered)
+
+    async def _choose(self, exchange: Exchange, route: Route) -> LoadedModel:
+        name = route.model
+        if name is not None and not self._store.is_loaded(name):
+            await self._store.load(name)
+        chosen = self._store.find(name, route.version, exchange.sticky())
+        chosen.batcher.check_room()  # again: the body may have come slowly, and to decode one that is refused is dear
+        return chosen
+
+    async def _generate(self, exchange: Exchange, route: Route, request: Request) -> Answer | Streamed:
+        """Text, for which the model is asked once a token: its rows meet those of all others in the model's batches."""
+        chosen = await self._choose(exchange, route)
+        assert route.generates is not None, "else it would not go this way"
+        asked = route.generates(request, chosen)
+        self._held_bytes, exchange.held_bytes = self._held_bytes - exchange.held_bytes, 0  # it may take minutes
+        exchange.answered = chosen
+        vocabulary = chosen.manifest.outputs.class_names
+
+        async def ask(window: NDArray[np.float32]) -> NDArray[np.float32]:
+            predictions, by = await self._store.predict(chosen, window)
+            if by.manifest.outputs.class_names != vocabulary:  # a canary failed, and the version before knows others
+                raise Refusal(503, "the version that wrote this text has failed; try again", TRY_AGAIN)
+            exchange.answered = by
+            exchange.rows += 1
+            assert predictions.probabilities is not None, "a model of language has them"
+            return predictions.probabilities
+
+        return await answer_generation(asked, chosen.manifest, chosen.version, ask)
+
+    async def _stream(self, answer: Streamed, exchange: Exchange, send: Send) -> Answer:
+        """Send all of an answer but its end; what is returned is for the records alone."""
+        status = answer.status
+        async with aclosing(answer.pieces) as pieces:  # type: ignore[type-var]  # of an async generator, which has it
+            piece = await anext(pieces)
+            headers = exchange.answer_headers(self._store.view.live.version)
+            head = ((b"content-type", answer.content_type), *headers, *answer.headers)
+            exchange.is_begun = True
+            await send({"type": "http.response.start", "status": answer.status, "headers": head})
+            await _send_piece(send, piece)
+            try:
+                async for piece in pieces:
+                    await _send_piece(send, piece)
+            except Exception as error:
+                refused = self._refused(error, exchange)
+                status = refused.status
+                if status != 499:
+                    await _send_piece(send, answer.encode_fault(orjson.loads(refused.body)["error"]))
+        return Answer(b"", answer.content_type, status)
 
     async def _read_body(self, exchange: Exchange, attended: Attended) -> bytes:
         message = await attended.receive()
@@ -332,6 +390,14 @@ async def _send_answer(send: Send, answer: Answer, headers: Headers) -> None:
     sent = ((b"content-type", answer.content_type), length, *headers, *answer.headers)
     await send({"type": "http.response.start", "status": answer.status, "headers": sent})
     await send({"type": "http.response.body", "body": answer.body})
+
+
+async def _send_piece(send: Send, piece: bytes) -> None:
+    try:
+        async with asyncio.timeout(READS_WITHIN_S):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    except TimeoutError:
+        raise Refusal(499, GONE) from None
 
 
 def _error(status: int, message: str, headers: Headers = ()) -> Answer:

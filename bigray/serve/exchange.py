@@ -33,6 +33,7 @@ class Exchange:
         "body_bytes",
         "headers",
         "held_bytes",
+        "is_begun",
         "is_model_route",
         "key_id",
         "method",
@@ -50,7 +51,7 @@ class Exchange:
         self.method, self.path = method, path
         self.raw_headers, self.headers, self._client = headers, dict(headers), client
         self.route, self.key_id, self.rows, self.body_bytes, self.held_bytes = "other", "", 0, 0, 0
-        self.is_model_route, self.model = False, ""
+        self.is_model_route, self.is_begun, self.model = False, False, ""  # begun: the head of its answer is sent
         self.answered: LoadedModel | None = None
         self._id = ""
 

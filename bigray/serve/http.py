@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NamedTuple
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -39,5 +39,17 @@ class Answer(NamedTuple):
 
     body: bytes
     content_type: bytes = JSON
+    status: int = 200
+    headers: Headers = ()
+
+
+class Streamed(NamedTuple):
+    """An answer that is sent while it is made."""
+
+    pieces: AsyncIterator[bytes]
+    """What fails before the first of them is answered as in any other request."""
+    encode_fault: Callable[[str], bytes]
+    """The last piece where a later one fails: it is too late for another status."""
+    content_type: bytes
     status: int = 200
     headers: Headers = ()

@@ -11,6 +11,8 @@ import orjson
 from numpy.typing import NDArray
 
 from bigray.inference import Predictions
+from bigray.serve.generation.answering import decode_generation, writes_text
+from bigray.serve.generation.sampling import GenerationRequest
 from bigray.serve.http import Answer, Refusal, Request
 from bigray.serve.loaded import LoadedModel
 from bigray.serve.page.page import model_card, page_answer
@@ -38,11 +40,13 @@ class Question(NamedTuple):
 
 
 Decode = Callable[[Request, LoadedModel], Question]
+DecodeGeneration = Callable[[Request, LoadedModel], GenerationRequest]
+GENERATE = "/generate"
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request leads: to a handler, or to a model by way of `decode`."""
+    """Where a request leads: to a handler, or to a model by way of `decode` or, where it writes text, `generates`."""
 
     kind: str
     """One of a closed set of words, for metrics."""
@@ -52,6 +56,7 @@ class Route:
     model: str | None = None
     """None for the channel's own model."""
     version: str | None = None
+    generates: DecodeGeneration | None = None
 
 
 class Router:
@@ -81,7 +86,8 @@ class Router:
         fixed = [f"{method} {path}" for path, methods in self._table.items() for method in methods]
         name = self._store.view.live.name
         own = [f"{method} /v2/models/{name}{rest}" for rest, methods in self._model_table.items() for method in methods]
-        return sorted((*fixed, *own))
+        writes = writes_text(self._store.view.live.manifest)
+        return sorted(line for line in (*fixed, *own) if writes or not line.endswith(GENERATE))
 
     def _find_model(self, path: str, method: str) -> Route:
         found = self._found.get((path, method))
@@ -106,6 +112,7 @@ class Router:
         return {
             "/": {"GET": _route("page", OPEN, self._root)},
             "/predict": {"POST": _question("predict", self._decode_predict)},
+            GENERATE: {"POST": _generation(self._decode_generation)},
             "/card": {"GET": _route("page", PREDICT, self._card)},
             "/stats": {"GET": _route("stats", PREDICT, _ignoring_request(stats))},
             "/metrics": {"GET": _route("metrics", PREDICT, _ignoring_request(metrics))},
@@ -122,6 +129,7 @@ class Router:
             "/ready": {"GET": _route("health", OPEN, self._ready)},
             "/config": {"GET": _route("other", PREDICT, self._config)},
             "/infer": {"POST": _question("infer", self._decode_infer)},
+            GENERATE: {"POST": _generation(self._decode_generation)},
         }
 
     def _decode_predict(self, request: Request, model: LoadedModel) -> Question:
@@ -135,6 +143,9 @@ class Router:
         return Question(
             asked.rows, lambda predictions, by: protocol.encode_infer(predictions, asked, by.name, by.version)
         )
+
+    def _decode_generation(self, request: Request, model: LoadedModel) -> GenerationRequest:
+        return decode_generation(self._plain_body(request), request.header(b"content-type"), model.manifest)
 
     def _plain_body(self, request: Request) -> bytes:
         encoding = request.header(b"content-encoding")
@@ -208,8 +219,12 @@ def _question(kind: str, decode: Decode) -> Route:
     return Route(kind, PREDICT, None, decode)
 
 
+def _generation(decode: DecodeGeneration) -> Route:
+    return Route("generate", PREDICT, None, _no_question, generates=decode)
+
+
 def _no_question(request: Request, model: LoadedModel) -> Question:
-    raise AssertionError("a route with a handler asks no model")
+    raise AssertionError("a route with a handler asks no model, and one that generates asks it many times")
 
 
 def _ignoring_request(numbers: Numbers) -> Handler:

@@ -30,6 +30,7 @@ from bigray.data.dataset import TrainingArrays
 from bigray.errors import SpecError, TrainingFailed
 from bigray.models import build_model
 from bigray.models.resolve import load_factory
+from bigray.models.transfer import start_from
 from bigray.specs import TrainingSpec, TrialSpec
 from bigray.training.checkpoint import Checkpoint, Progress, Snapshot, SnapshotBuffers, StateDict, weights_sha256
 from bigray.training.loop import LoopHooks, TrialTraining, Worker
@@ -143,8 +144,7 @@ class LoopContext:
     def build_model(self) -> nn.Module:
         """The trial's model on the CPU, with initial weights that are the same on every rank and in every run."""
         seed_generator(self.device, _or(self.spec.seeds.weights, self.seed))
-        model, x = self._trial.model, self.data.x_train
-        return build_model(model.factory, model.params, x.shape[1:], self.num_outputs)
+        return _built(self._trial, self.data, self.num_outputs)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """On the device, and in `DistributedDataParallel` where there are several workers. Collective."""
@@ -517,9 +517,16 @@ class LoopTraining:
 
     def _build_model(self) -> nn.Module:
         """As the factory makes it; the loop's own draws go on as if this had not been."""
-        model = self.trial.model
         with torch.random.fork_rng(devices=[]):
-            return build_model(model.factory, model.params, self.data.x_train.shape[1:], self.num_outputs)
+            return _built(self.trial, self.data, self.num_outputs)
+
+
+def _built(trial: TrialSpec, data: TrainingArrays, num_outputs: int) -> nn.Module:
+    """As the factory makes it, with the weights it is to start from."""
+    model = trial.model
+    module = build_model(model.factory, model.params, data.x_train.shape[1:], num_outputs)
+    start_from(module, model)
+    return module
 
 
 def make_training(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigray.bundle import GOLDEN_ROWS, BundleManifest, Golden, ModelCard, OutputSchema, save_bundle
+from bigray.bundle import GOLDEN_ROWS, BundleManifest, Golden, ModelCard, save_bundle
 from bigray.data.targets import Targets
 from bigray.errors import StorageError
 from bigray.inference import row_outputs
@@ -21,6 +21,7 @@ from bigray.paths import BUNDLE, RunPaths
 from bigray.specs import TrialSpec
 from bigray.training.answers import Exported
 from bigray.training.checkpoint import load_checkpoint
+from bigray.training.evaluation import evaluate, is_evaluated
 from bigray.training.sharded import JoinedTensors
 from bigray.training.tensor_files import pack_tensors
 
@@ -29,8 +30,6 @@ TOLERANCE = 1e-4
 """Largest accepted |onnx - torch|, relative to the largest |output|."""
 EVALUATION_ROWS = 1024
 """Most rows of one forward pass over the validation rows; bounds memory."""
-MOST_CLASSES = 100
-"""With more, the confusion matrix is left out: nobody reads it, and it grows with the square."""
 
 
 def export_bundle(
@@ -69,9 +68,10 @@ def export_bundle(
     card = (manifest.card or ModelCard()).model_copy(
         update={"num_parameters": sum(parameter.numel() for parameter in module.parameters())}
     )
-    if golden is not None and targets is not None and _is_readable(manifest.outputs):
-        card = card.model_copy(update={"confusion": _count_confusion(module, sample, targets, on_progress)})
     described = manifest.model_copy(update={"card": card})
+    if golden is not None and targets is not None and is_evaluated(manifest.outputs):
+        outputs = _forward_in_parts(module, sample, on_progress)
+        described = evaluate(outputs, targets, manifest.outputs, trial.training).described(described)
     save_bundle(paths.storage, BUNDLE, described, pack_tensors(weights), onnx, golden, holdout)
     return Exported(paths.bundle.uri, why_no_onnx)
 
@@ -88,22 +88,15 @@ def _ask_golden(module: torch.nn.Module, rows: NDArray[np.float32], manifest: Bu
     return Golden(chosen, outputs) if outputs.shape[1] == manifest.outputs.num_outputs else None
 
 
-def _is_readable(outputs: OutputSchema) -> bool:
-    return outputs.task == "classification" and outputs.num_outputs <= MOST_CLASSES
-
-
-def _count_confusion(
-    module: torch.nn.Module, sample: NDArray[np.float32], targets: Targets, on_progress: Callable[[], object]
-) -> tuple[tuple[int, ...], ...]:
-    """Rows of each true class by the class the module gives them."""
+def _forward_in_parts(
+    module: torch.nn.Module, sample: NDArray[np.float32], on_progress: Callable[[], object]
+) -> NDArray[np.float32]:
+    """Outputs of all rows, (rows, num_outputs)."""
     answers = []
     for start in range(0, len(sample), EVALUATION_ROWS):
         on_progress()
         answers.append(_forward(module, sample[start : start + EVALUATION_ROWS]))
-    outputs = np.concatenate(answers)
-    classes = outputs.shape[1]
-    pairs = targets.astype(np.int64) * classes + outputs.argmax(axis=1)
-    return tuple(map(tuple, np.bincount(pairs, minlength=classes**2).reshape(classes, classes).tolist()))
+    return np.concatenate(answers)
 
 
 def _forward(module: torch.nn.Module, rows: NDArray[np.float32]) -> NDArray[np.float32]:

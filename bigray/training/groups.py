@@ -85,7 +85,8 @@ def open_groups(
 ) -> Iterator[WorkerGroups]:
     """Hold `count` groups for the length of a `with` block (driver). They start in the background.
 
-    The training arrays, also those of each fold, go into the object store once. On Ctrl-C or SIGTERM, call `hold_all` before the block is left.
+    The training arrays, also those of each fold, go into the object store once. On Ctrl-C or SIGTERM, call `hold_all`
+    before the block is left.
     """
     # no CPU of its own: the groups' workers may hold every CPU there is; on the driver's node, whose end ends the run
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

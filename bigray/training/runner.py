@@ -50,7 +50,8 @@ def drive(run: LiveRun) -> None:
     if best is not None:
         final = _usual_trial(run.request.job, best.model_name)
         proposed = Event("proposed", "", {"trials": [final.model_dump(mode="json")]})
-        run.tell([Event("cross_validated", "", asdict(best)), proposed])
+        told_of_best = {name: value for name, value in asdict(best).items() if value == value}  # JSON has no NaN
+        run.tell([Event("cross_validated", "", told_of_best), proposed])
         drive_trials(run.groups, [final])
 
 

@@ -620,6 +620,7 @@ class _CommandLoop:
             command.trial,
             command.manifest,
             data.x_val,
+            golden_rows=command.golden_rows,
             targets=data.y_val,
             holdout=command.holdout,
             on_progress=lambda: self.heartbeat.tick("export"),

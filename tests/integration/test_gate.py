@@ -218,7 +218,7 @@ def test_a_bundle_of_an_older_schema_is_refused_and_the_way_out_is_told(candidat
 
     error = _refusal(candidate, live)
 
-    assert "schema_version 1, this bigray reads 2; run the same `bigray train` or `bigray tune` again" in str(error)
+    assert "schema_version 1, this bigray reads 3; run the same `bigray train` or `bigray tune` again" in str(error)
 
 
 def test_a_factory_that_is_not_allowed_is_refused(candidate: Path, live: Path) -> None:

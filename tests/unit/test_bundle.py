@@ -82,9 +82,9 @@ def test_a_folder_without_a_bundle_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"new_in_version_3": True}], ids=["same fields", "another field"])
 def test_a_bundle_of_a_later_schema_version_is_told_as_such(folder: Path, more: dict[str, Any]) -> None:
-    _rewrite(folder, lambda document: document.update(schema_version=3, **more))
+    _rewrite(folder, lambda document: document.update(schema_version=4, **more))
 
-    with pytest.raises(StorageError, match=r"manifest\.json: schema_version 3, this bigray reads 2; update bigray"):
+    with pytest.raises(StorageError, match=r"manifest\.json: schema_version 4, this bigray reads 3; update bigray"):
         ModelBundle.load(folder)
     assert not is_outdated(open_storage(folder))
 
@@ -93,7 +93,7 @@ def test_of_a_bundle_of_an_earlier_schema_version_it_is_told_how_to_get_a_new_on
     assert not is_outdated(open_storage(folder))
     _rewrite(folder, lambda document: document.update(schema_version=1))
 
-    with pytest.raises(StorageError, match="schema_version 1, this bigray reads 2; run the same `bigray train` or"):
+    with pytest.raises(StorageError, match="schema_version 1, this bigray reads 3; run the same `bigray train` or"):
         ModelBundle.load(folder)
     assert is_outdated(open_storage(folder))
 

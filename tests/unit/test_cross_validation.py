@@ -84,6 +84,12 @@ def test_the_best_mean_is_first_whichever_way_is_better() -> None:
     assert _order(*lucky, *steady, mode="min") == ["lucky", "steady"]
 
 
+def test_equals_are_in_one_order_whatever_that_of_the_results_is() -> None:
+    one, other = _results("one", 0.5, 0.6, 0.7), _results("other", 0.7, 0.6, 0.5)
+
+    assert _order(*one, *other) == _order(*reversed(other), *one) == ["one", "other"]
+
+
 def test_a_model_that_failed_in_a_fold_comes_after_those_with_all_of_them() -> None:
     assert _order(*_results("holed", 0.9, math.nan, 0.9), *_results("whole", 0.5, 0.6, 0.7)) == ["whole", "holed"]
 

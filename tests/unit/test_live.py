@@ -104,6 +104,19 @@ def test_a_probe_and_a_split_are_told(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[2].startswith("0-mlp: out of memory (no memory); goes on with micro-batches of 16 rows")
 
 
+def test_what_the_folds_came_to_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView()
+    view(_starting(1))
+    view(Event("cross_validated", "", {"model_name": "mlp", "values": [0.9] * 3, "mean": 0.9, "low": 0.8, "high": 1.0}))
+    view(Event("finalists", "", {"trials": ["0-mlp"], "folds": 3}))
+    lines = capsys.readouterr().err.splitlines()
+
+    assert lines[1:] == [
+        "mlp has the best mean over 3 folds, 0.9000 ± 0.1000; training it on the usual split",
+        "training the best 1 again on each of 3 folds: 0-mlp",
+    ]
+
+
 def test_events_are_lines_of_json_and_nothing_else_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with run_view(events=True) as view:
         view(_starting(2))

@@ -42,6 +42,11 @@ def read_numbers(data: Buffer, datatype: str, shape: Sequence[int], name: str) -
     return values.astype(np.float32) if datatype == "FP32" else values
 
 
+def read_flags(data: Buffer) -> NDArray[np.bool_]:
+    """The raw bytes of a BOOL tensor, one each."""
+    return np.frombuffer(data, np.uint8) != 0
+
+
 def write_numbers(values: Any, datatype: str) -> bytes:
     """An array or list -> raw bytes."""
     if datatype == "INT64" and type(values) is list:

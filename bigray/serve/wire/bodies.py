@@ -23,7 +23,7 @@ from bigray.data.features import FeatureSchema
 from bigray.errors import SpecError
 from bigray.inference import Predictions
 from bigray.serve.http import JSON, Answer, Refusal
-from bigray.serve.wire.images import decode_image
+from bigray.serve.wire.images import decode_image, decode_picture_records
 from bigray.serve.wire.protocol import parse_json
 from bigray.serve.wire.tables import decode_arrow, decode_csv
 
@@ -99,11 +99,15 @@ def decode_records(body: bytes, schema: FeatureSchema) -> FloatArray:
     document = parse_json(body)
     if "records" not in document:
         raise SpecError("body: missing 'records', a list of objects with one value for each column")
+    if schema.columns[0].kind == "image":
+        return decode_picture_records(document["records"], schema)
     return schema.from_records(document["records"])
 
 
 def decode_npy(body: bytes, schema: FeatureSchema) -> FloatArray:
     """A NumPy `.npy` file of numbers -> float32 array (rows, *input_shape). Nothing in it can run."""
+    if not schema.is_plain:
+        raise SpecError("body: a .npy file cannot name categories, dates or missing values; send JSON, CSV or Arrow")
     dtype, is_fortran, shape, start = _read_npy_header(body)
     if dtype.kind not in "iuf":
         raise SpecError(f"body: a .npy file of {dtype.name} is not accepted, save an array of float32")

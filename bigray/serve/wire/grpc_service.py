@@ -51,8 +51,10 @@ TYPED_CONTENTS = {
     "UINT64": "uint64_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+    "BOOL": "bool_contents",
 }
-"""Which field holds the numbers of a datatype, where they are not sent raw; FP16 has none."""
+"""Which field holds the values of a datatype, where they are not sent raw; FP16 has none."""
 
 # Serve sends this logger to the replica's own log file
 _logger = logging.getLogger("ray.serve")
@@ -230,6 +232,8 @@ def _typed_contents(tensor: Any) -> Any:
     if field is None:
         return memoryview(b"")  # FP16 has to come raw, and of the others the datatype is refused
     values = getattr(tensor.contents, field)
+    if tensor.datatype not in DTYPES:
+        return list(values)
     wide = DTYPES[{"int_contents": "INT32", "uint_contents": "UINT32"}.get(field, tensor.datatype)]
     return np.fromiter(values, wide, len(values))
 

@@ -1,20 +1,21 @@
-"""A picture as a body: one image, one row."""
+"""A picture as a body: one image, one row; and pictures as text in JSON."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigray.bundle import BundleManifest
+from bigray.data.features import FeatureSchema
+from bigray.data.images import FORMATS, ImageTooLarge, decode
 from bigray.errors import SpecError
 from bigray.serve.http import Refusal
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FloatArray = NDArray[np.float32]
 
@@ -23,9 +24,9 @@ MAX_PIXELS, TIMES_THE_INPUT = 16_000_000, 4
 MAX_REDUCED_PIXELS = 50_000_000
 """Of a JPEG, as large as a camera makes it, that is decoded at a part of its size. A progressive one is held whole."""
 BRIGHTEST = 255.0
-JPEG, JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
-MOST_SCANS = 100
-"""Of a progressive JPEG; each is worked over the whole picture, and an empty one is 16 bytes."""
+JPEG = b"\xff\xd8"
+MOST_PIXELS_IN_JSON = 16_000_000
+"""Of all pictures of a JSON body together: they are decoded where all requests wait."""
 
 
 def decode_image(body: bytes, manifest: BundleManifest) -> FloatArray:
@@ -36,13 +37,46 @@ def decode_image(body: bytes, manifest: BundleManifest) -> FloatArray:
         Refusal: 413, more pixels than are decoded; 415, this endpoint has no Pillow.
     """
     height, width, channels, axis = image_layout(manifest)
-    image = _load(body, "L" if channels == 1 else "RGB", (width, height))
-    pixels: Any = np.asarray(image, np.float32)
-    if channels == 3 and axis == 0:
-        pixels = pixels.transpose(2, 0, 1)
-    low, high = manifest.input_range or (0.0, BRIGHTEST)
+    with _refusals("image"):
+        _num_pixels(body, (height, width))
+        try:
+            pixels: Any = decode(body, (height, width), channels).astype(np.float32)
+        except SpecError as error:
+            raise type(error)(f"body: {error}" if not isinstance(error, ImageTooLarge) else str(error)) from None
+    if axis == 2:
+        pixels = pixels.transpose(1, 2, 0)
+    is_image = manifest.inputs.columns[0].kind == "image"  # whose codes are brightness
+    low, high = (not is_image and manifest.input_range) or (0.0, BRIGHTEST)
     values = low + pixels * ((high - low) / BRIGHTEST)
     return manifest.inputs.checked(values.reshape(1, *manifest.inputs.input_shape))
+
+
+def decode_picture_records(records: Any, schema: FeatureSchema) -> FloatArray:
+    """JSON records of a column of pictures, as numbers or as a PNG or JPEG in base64 -> (rows, *input_shape) float32.
+
+    Raises:
+        SpecError: as `FeatureSchema.from_records`.
+        Refusal: 413, more pixels than are decoded; 415, this endpoint has no Pillow.
+    """
+    column = schema.columns[0]
+    with _refusals("records"):
+        if isinstance(records, list) and len(column.shape) == 3:
+            texts = [record.get(column.name) for record in records if isinstance(record, dict)]
+            _check_texts([text for text in texts if isinstance(text, str)], column.shape[1:])
+        return schema.from_records(records)
+
+
+def _check_texts(texts: list[str], size: tuple[int, ...]) -> None:
+    num_pixels = 0
+    for text in texts:
+        with contextlib.suppress(ValueError):  # the schema names what is no base64
+            num_pixels += _num_pixels(base64.b64decode(text, validate=True), size)
+        if num_pixels > MOST_PIXELS_IN_JSON:
+            raise Refusal(
+                413,
+                f"records: pictures of more than {MOST_PIXELS_IN_JSON / 1e6:g} million pixels together; "
+                f"send fewer rows, or smaller pictures",
+            )
 
 
 def prepare_images(manifest: BundleManifest) -> None:
@@ -54,7 +88,7 @@ def prepare_images(manifest: BundleManifest) -> None:
         Image.preinit()
 
 
-def image_layout(manifest: BundleManifest) -> tuple[int, int, int, int]:
+def image_layout(manifest: BundleManifest) -> tuple[int, int, Literal[1, 3], int]:
     """Height, width, channels (1 or 3) and the channels' axis of the model's input.
 
     Raises:
@@ -66,53 +100,43 @@ def image_layout(manifest: BundleManifest) -> tuple[int, int, int, int]:
         if len(shape) == 2:
             return shape[0], shape[1], 1, 0
         if len(shape) == 3 and shape[0] in (1, 3):
-            return shape[1], shape[2], shape[0], 0
+            return shape[1], shape[2], 1 if shape[0] == 1 else 3, 0
         if len(shape) == 3 and shape[2] in (1, 3):
-            return shape[0], shape[1], shape[2], 2
+            return shape[0], shape[1], 1 if shape[2] == 1 else 3, 2
     raise SpecError(f"the model takes no image: '{schema.tensor_name}' has shape {shape}; send JSON, Arrow or .npy")
 
 
-def _load(body: bytes, mode: str, size: tuple[int, int]) -> Image:
+@contextlib.contextmanager
+def _refusals(place: str) -> Iterator[None]:
     try:
-        from PIL import Image
+        yield
     except ImportError:
         raise Refusal(415, "images need Pillow where the endpoint runs; send JSON, Arrow or .npy") from None
-    if body.startswith(JPEG) and body.count(JPEG_SCAN) > MOST_SCANS:
-        raise Refusal(413, f"image: a JPEG of more than {MOST_SCANS} scans; send it as a baseline JPEG or a PNG")
+    except ImageTooLarge as error:
+        raise Refusal(413, f"{place}: {error}") from None
+
+
+def _num_pixels(data: bytes, size: tuple[int, ...]) -> int:
+    """How many are decoded, by the header alone; 0 where it cannot be read, which the decoder says in its own words.
+
+    Raises:
+        Refusal: 413, more than one picture may have. Anybody may send one, so it is less than training takes.
+    """
+    from PIL import Image
+
+    limit = max(MAX_PIXELS, TIMES_THE_INPUT * size[0] * size[1])
     try:
-        image: Image.Image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))
-        _bound_size(image, mode, size, is_jpeg=body.startswith(JPEG))
-        image = _in_mode(image, mode)
-    except Refusal:
-        raise
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise _too_large(MAX_PIXELS) from None
-    except Exception:  # decoders raise what they like on a damaged file
-        raise SpecError("body: not a PNG or JPEG that can be read") from None
-    return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
-
-
-def _bound_size(image: Image, mode: str, size: tuple[int, int], *, is_jpeg: bool) -> None:
-    """See, before anything is decoded, that it takes no more memory than a picture may."""
-    limit = max(MAX_PIXELS, TIMES_THE_INPUT * size[0] * size[1])
-    is_reduced = is_jpeg and "progressive" not in image.info
+    except Exception:  # as in decode
+        return 0
+    is_reduced = data.startswith(JPEG) and "progressive" not in image.info
     _check_size(image.size, max(limit, MAX_REDUCED_PIXELS) if is_reduced else limit)
-    # a JPEG is decoded at an eighth, a quarter or half of its size where that is still more than enough
-    image.draft(mode, (2 * size[0], 2 * size[1]))
+    # what the decoder asks of a JPEG: an eighth, a quarter or half of its size where that is still more than enough
+    image.draft(image.mode, (2 * size[1], 2 * size[0]))
     _check_size(image.size, limit)
-
-
-def _in_mode(image: Image, mode: str) -> Image:
-    """As a person sees it: upright, on white where it is transparent, sixteen bits a pixel as eight."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(mode)
-    if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-    return image.convert(mode)
+    return image.size[0] * image.size[1]
 
 
 def _check_size(size: tuple[int, int], limit: int) -> None:

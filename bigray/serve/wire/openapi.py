@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
 from bigray.bundle import BundleManifest
-from bigray.data.features import FeatureSchema
+from bigray.data.codes import category_text
+from bigray.data.features import Column, FeatureSchema
 from bigray.errors import SpecError
+from bigray.serve.generation.answering import EVENTS, writes_text
+from bigray.serve.generation.sampling import GenerationRequest
 from bigray.serve.wire.binary import DTYPES
 from bigray.serve.wire.bodies import ARROW_FILE, ARROW_STREAM, NPY
 from bigray.serve.wire.images import image_layout
-from bigray.serve.wire.tensors import describe_inputs, describe_outputs
+from bigray.serve.wire.tensors import describe_outputs, input_tensors
 
 Schema = dict[str, Any]
 
@@ -22,6 +29,9 @@ TEXT: Schema = {"type": "string"}
 LARGEST = float(np.finfo(np.float32).max)
 NUMBER: Schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
 """What the model can take: a float32 that is finite."""
+NULL: Schema = {"type": "null"}
+MOST_LISTED = 50
+"""Categories that are written out."""
 BINARY: Schema = {}
 """Raw bytes have no schema of JSON."""
 DECIMAL = r"-?[0-9]{1,9}(\.[0-9]{1,20})?(e-[0-9]{1,3})?"
@@ -74,6 +84,7 @@ def _own_paths(manifest: BundleManifest) -> Schema:
     return {
         "/": {"get": _get("The page to try the model on, or for programs the routes.", page, is_open=True)},
         "/predict": {"post": _predict_operation(manifest)},
+        **({"/generate": {"post": _generate_operation(manifest)}} if writes_text(manifest) else {}),
         "/card": {"get": _get("The model card: what it is, where it came from, how good it is.", anything)},
         "/stats": {"get": _get("Live numbers of all replicas.", anything)},
         "/metrics": {"get": _get("The numbers for Prometheus.", {"text/plain": {"schema": TEXT}})},
@@ -105,6 +116,8 @@ def _model_paths(root: str, manifest: BundleManifest, versions: list[str]) -> Sc
         f"{root}/config": {"get": _get("The model, as Triton's clients ask for it.", {"type": "object"})},
         f"{root}/infer": {"post": _infer_operation(manifest)},
     }
+    if writes_text(manifest):
+        operations[f"{root}/generate"] = {"post": _generate_operation(manifest)}
     parameters = [_version_parameter(version) for version in versions]
     return {path: {"parameters": parameters} | item if parameters else item for path, item in operations.items()}
 
@@ -121,14 +134,55 @@ def _version_parameter(version: str) -> Schema:
 
 
 def _predict_operation(manifest: BundleManifest) -> Schema:
-    columns = {column.name: _array(NUMBER, column.shape) for column in manifest.inputs.columns}
+    columns = {column.name: _value_schema(column) for column in manifest.inputs.columns}
     records = {"type": "array", "minItems": 1, "items": _object(columns)}
     answer = _object({"model": TEXT, "version": TEXT, "predictions": _list(_prediction_schema(manifest))})
     json_body = {"schema": _object({"records": records}), "example": {"records": [manifest.example]}}
-    raw = [ARROW_STREAM, ARROW_FILE, NPY, *(["image/png", "image/jpeg"] if _takes_images(manifest) else [])]
+    raw = [ARROW_STREAM, ARROW_FILE]
+    raw += [NPY] if manifest.inputs.is_plain else []
+    raw += ["image/png", "image/jpeg"] if _takes_images(manifest) else []
     bodies = {JSON_TYPE: json_body} | _csv_body(manifest) | {kind: {"schema": BINARY} for kind in raw}
     answers = {JSON_TYPE: {"schema": answer}} | {kind: {"schema": BINARY} for kind in (ARROW_STREAM, NPY)}
     return _post("One prediction for each row, in order.", bodies, answers)
+
+
+def _value_schema(column: Column) -> Schema:
+    """A column's value in a record; a missing one is null, and of numbers nothing else is said."""
+    if column.kind == "image":
+        numbers = _array(NUMBER, column.shape)
+        picture = {"type": "string", "contentEncoding": "base64", "description": "A PNG or JPEG."}
+        return {"anyOf": [numbers, picture]} if len(column.shape) == 3 else numbers
+    if column.kind == "category":
+        kinds = _category_schemas(column)
+    elif column.kind == "date":
+        kinds = [{"type": "string", "format": "date"}, {"type": "string", "format": "date-time"}]
+    else:
+        value = _array(NUMBER, column.shape)
+        return value | {"type": ["number", "null"]} if column.nullable else value
+    kinds += [NULL] if column.nullable else []
+    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+
+
+def _category_schemas(column: Column) -> list[Schema]:
+    """Those seen in training; and others, where they are taken as unknown."""
+    is_short = len(column.categories) <= MOST_LISTED
+    known: list[Schema] = [{"enum": list(_spellings(column.categories))}] if is_short and column.categories else []
+    if known and column.unknown == "refuse":
+        return known
+    what = "One that training did not see is taken as unknown." if column.unknown == "ignore" else "As in training."
+    return [*known, {"type": ["string", "number", "boolean"], "minLength": 1, "description": what}]
+
+
+def _spellings(categories: tuple[str, ...]) -> Iterator[Any]:
+    """The values of JSON that name a category: of 1 the number as well."""
+    for name in categories:
+        yield name
+        try:
+            value = {"true": True, "false": False}[name] if name in ("true", "false") else float(name)
+        except ValueError:
+            continue
+        if isinstance(value, bool) or (math.isfinite(value) and category_text(value) == name):
+            yield value
 
 
 def _csv_body(manifest: BundleManifest) -> Schema:
@@ -136,25 +190,39 @@ def _csv_body(manifest: BundleManifest) -> Schema:
     schema = manifest.inputs
     names = [column.name for column in schema.columns]
     if schema.is_tensor or not all(name.isidentifier() for name in names):
-        return {} if schema.is_tensor else {"text/csv": {"schema": TEXT}}
+        return {} if schema.is_tensor else {"text/csv": {"schema": TEXT, "example": _csv(manifest)}}
+    if not schema.is_plain:
+        return {"text/csv": {"schema": TEXT, "example": _csv(manifest)}}
     row = ",".join(str(float(manifest.example[name])) for name in names)
     pattern = rf"^{','.join(names)}\n({','.join([DECIMAL] * len(names))}\n){{1,4}}$"
     return {"text/csv": {"schema": {"type": "string", "pattern": pattern}, "example": f"{','.join(names)}\n{row}\n"}}
 
 
+def _csv(manifest: BundleManifest) -> str:
+    """The example as a table of one row."""
+    names = [column.name for column in manifest.inputs.columns]
+    sink = io.StringIO()
+    csv.writer(sink, lineterminator="\n").writerows([names, [manifest.example[name] for name in names]])
+    return sink.getvalue()
+
+
 def _infer_operation(manifest: BundleManifest) -> Schema:
     schema = manifest.inputs
-    names = list(dict.fromkeys((schema.tensor_name, *(column.name for column in schema.columns))))
+    whole = (schema.tensor_name,) if schema.is_plain else ()
+    names = list(dict.fromkeys((*whole, *(column.name for column in schema.columns))))
+    datatypes = [*DTYPES] if schema.is_plain else [*DTYPES, "BYTES", "BOOL"]
+    kinds = ["number", "array"] if schema.is_plain else ["number", "string", "boolean", "null", "array"]
     shape = _list({"type": "integer", "minimum": 1}, least=1)
-    tensor = _object({"name": {"enum": names}, "datatype": {"enum": list(DTYPES)}, "shape": shape})
-    tensor["properties"] |= {"data": _list({"type": ["number", "array"]}, least=1), "parameters": {"type": "object"}}
+    tensor = _object({"name": {"enum": names}, "datatype": {"enum": datatypes}, "shape": shape})
+    tensor["properties"] |= {"data": _list({"type": kinds}, least=1), "parameters": {"type": "object"}}
+    least = 1 if schema.is_plain else len(schema.columns)
     requested = _object({"name": {"enum": [output["name"] for output in describe_outputs(manifest.outputs)]}})
-    body = _object({"inputs": _list(tensor, least=1, most=len(schema.columns))})
+    body = _object({"inputs": _list(tensor, least=least, most=len(schema.columns))})
     body["properties"] |= {"id": TEXT, "outputs": _list(requested), "parameters": {"type": "object"}}
     output = _object({"name": TEXT, "datatype": TEXT, "shape": _list({"type": "integer"})})
     answer = _object({"model_name": TEXT, "model_version": TEXT, "outputs": _list(output)})
     answer["properties"]["id"] = TEXT
-    example = {"inputs": [_example_tensor(schema, manifest.example)]}
+    example = {"inputs": _example_tensors(schema, manifest.example)}
     binary = {"application/octet-stream": {"schema": BINARY}}
     operation = _post(
         "Open Inference Protocol v2: tensors as JSON, or raw behind a JSON header.",
@@ -172,10 +240,14 @@ def _infer_operation(manifest: BundleManifest) -> Schema:
     return operation
 
 
-def _example_tensor(schema: FeatureSchema, example: dict[str, Any]) -> Schema:
-    rows = schema.from_records([example])
-    (description,) = describe_inputs(schema)
-    return {**description, "shape": list(rows.shape), "data": rows.reshape(-1).tolist()}
+def _example_tensors(schema: FeatureSchema, example: dict[str, Any]) -> list[Schema]:
+    codes = schema.from_records([example])
+    if schema.is_plain:
+        tensors = [(one, one.data.tolist()) for one in input_tensors(schema, codes)]
+    else:  # with null for a missing number, which NaN cannot be in JSON
+        (record,) = schema.to_records(codes)
+        tensors = [(one, [record[one.name]]) for one in input_tensors(schema, codes)]
+    return [{"name": one.name, "datatype": one.datatype, "shape": one.shape, "data": data} for one, data in tensors]
 
 
 def _prediction_schema(manifest: BundleManifest) -> Schema:

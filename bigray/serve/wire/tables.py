@@ -7,6 +7,8 @@ import json
 import math
 import struct
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
+from bigray.data.codes import category_text, encode_column
 from bigray.data.features import Column, FeatureSchema, column_to_numpy
 from bigray.errors import SpecError
 
@@ -38,6 +41,15 @@ DICTIONARY_DATA, DICTIONARY_IS_DELTA = 1, 2
 
 MOST_BATCHES = 1024
 """In one body. Each costs the same, however few rows it has, and would be paid for again with every dictionary."""
+MOST_FREE_VALUES = 100_000
+"""More than the body has bytes: booleans take an eighth of one, and columns of nothing but nulls none."""
+MOST_TIMES_THE_BODY = 8
+"""What its columns may come to; a dictionary counts with each batch that it is used in."""
+
+CELLS = pa.dictionary(pa.int32(), pa.utf8())
+"""How categories and dates are read from CSV: each text is looked at once."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+WANTED = {"number": "numbers", "category": "text, numbers or booleans", "date": "dates or text"}
 
 
 def decode_csv(body: bytes, schema: FeatureSchema) -> FloatArray:
@@ -55,11 +67,16 @@ def decode_csv(body: bytes, schema: FeatureSchema) -> FloatArray:
             # one thread and one block: only so does a message name the row
             arrow_csv.ReadOptions(use_threads=False, block_size=min(len(body) + 1, 2**31 - 1)),
             convert_options=arrow_csv.ConvertOptions(
-                include_columns=names, column_types=dict.fromkeys(names, pa.float64()), null_values=[""]
+                include_columns=names,
+                column_types={one.name: pa.float64() if one.kind == "number" else CELLS for one in schema.columns},
+                # else what the source takes for a missing number as well, NA and such; in text an empty cell is one
+                null_values=[""] if schema.is_plain else None,
             ),
         )
     except BROKEN as error:
         raise SpecError(f"text/csv: {_first_line(error)}") from None
+    if not schema.is_plain:
+        return _encoded(_retyped(table, schema), schema, "text/csv", first_row=1)
     for name in names:
         _refuse_empty_cells(table.column(name), name)
     return schema.checked(np.stack([table.column(name).to_numpy() for name in names], axis=1))
@@ -83,10 +100,93 @@ def decode_arrow(body: bytes, schema: FeatureSchema) -> FloatArray:
         table.validate(full=True)  # else a false offset reads memory beyond the body
     except BROKEN as error:
         raise SpecError(f"Arrow: {_first_line(error)}") from None
-    if table.num_rows * math.prod(schema.input_shape) > len(body):
-        raise SpecError(f"Arrow: {table.num_rows} rows take more than the body's {len(body)} bytes")
+    _check_room(table, schema, len(body))
+    if not schema.is_plain:
+        return _encoded(table, schema, "Arrow", first_row=0)
     columns = [_column_values(table, column) for column in schema.columns]
     return schema.checked(columns[0] if schema.is_tensor else np.stack(columns, axis=1))
+
+
+def _check_room(table: pa.Table, schema: FeatureSchema, num_bytes: int) -> None:
+    """A body may name the same bytes many times; each time they would be paid for."""
+    most = num_bytes if schema.is_plain else max(num_bytes, MOST_FREE_VALUES)
+    if table.num_rows * math.prod(schema.input_shape) > most:
+        raise SpecError(f"Arrow: {table.num_rows} rows take more than the body's {num_bytes} bytes")
+    if not schema.is_plain and table.nbytes > MOST_TIMES_THE_BODY * num_bytes:
+        raise SpecError(f"Arrow: columns of {table.nbytes} bytes in a body of {num_bytes}; write fewer, larger batches")
+
+
+def _encoded(table: pa.Table, schema: FeatureSchema, place: str, first_row: int) -> FloatArray:
+    """Columns that are not all plain numbers -> codes (rows, columns), by what encodes the columns of a source.
+
+    `first_row` is the number by which a message names the first one.
+    """
+    if not table.num_rows:
+        raise SpecError(f"{place}: holds no rows")
+    try:
+        codes = [_codes_of(table.column(column.name), column, first_row) for column in schema.columns]
+    except SpecError as error:
+        raise SpecError([f"{place}: {fault}" for fault in error.faults]) from None
+    except BROKEN as error:
+        raise SpecError(f"{place}: {_first_line(error)}") from None
+    return np.stack(codes, axis=1)
+
+
+def _codes_of(values: pa.ChunkedArray, column: Column, first_row: int) -> FloatArray:
+    if not pa.types.is_dictionary(values.type):
+        known = values.cast(pa.utf8()) if pa.types.is_null(values.type) else values
+        return encode_column(known, column, range(first_row, first_row + len(values)))
+    parts = []
+    for chunk in values.chunks:
+        parts.append(_codes_of_dictionary(chunk, column, first_row))
+        first_row += len(chunk)
+    return np.concatenate(parts)
+
+
+def _codes_of_dictionary(chunk: pa.DictionaryArray, column: Column, first_row: int) -> FloatArray:
+    """Those of the entries that rows name, once each: written out, a long text that all rows name would fill memory."""
+    indices = np.nan_to_num(chunk.indices.to_numpy(zero_copy_only=False), nan=-1).astype(np.int64)
+    used, rows, inverse = np.unique(indices, return_index=True, return_inverse=True)
+    order = np.argsort(rows)  # as they appear, so that the first row with a fault is named
+    entries = chunk.dictionary.take(pa.array(used[order], mask=used[order] < 0))
+    codes = np.empty(len(used), np.float32)
+    codes[order] = encode_column(pa.chunked_array([entries]), column, (rows[order] + first_row).tolist())
+    return codes[inverse]
+
+
+def _retyped(table: pa.Table, schema: FeatureSchema) -> pa.Table:
+    """CSV has no types: texts become those of the values that the source of the training rows took such for."""
+    for column in schema.columns:
+        if column.kind != "number":
+            chunks = [_retyped_chunk(chunk, column) for chunk in table.column(column.name).chunks]
+            place = table.column_names.index(column.name)
+            table = table.set_column(place, column.name, pa.chunked_array(chunks, CELLS))
+    return table
+
+
+def _retyped_chunk(chunk: pa.DictionaryArray, column: Column) -> pa.DictionaryArray:
+    retyped = _date_text if column.kind == "date" else partial(_category_text, known=frozenset(column.categories))
+    texts = [retyped(text) for text in chunk.dictionary.to_pylist()]
+    return pa.DictionaryArray.from_arrays(chunk.indices, pa.array(texts, pa.utf8()))
+
+
+def _category_text(text: str, known: frozenset[str]) -> str:
+    """True and TRUE are the category `true`, and 1.0 is that of 1, where there is no other of this name."""
+    if text in known:
+        return text
+    try:
+        name = text.lower() if text.lower() in ("true", "false") else category_text(float(text))
+    except ValueError:
+        return text
+    return name if name in known else text
+
+
+def _date_text(text: str) -> str:
+    """An ISO date; of a number of days, the moment it names."""
+    try:
+        return (EPOCH + timedelta(days=float(text))).isoformat()
+    except (ValueError, OverflowError):
+        return text
 
 
 def _column_values(table: pa.Table, column: Column) -> NDArray[Any]:
@@ -141,9 +241,24 @@ def _check_type(kind: pa.DataType, column: Column) -> None:
         raise SpecError(f"Arrow: column '{column.name}' has shape {tuple(sizes)}, expected {column.shape}")
     if len(sizes) > max(1, len(column.shape)):
         raise SpecError(f"Arrow: column '{column.name}' has {len(sizes)} axes, expected shape {column.shape}")
-    if not (pa.types.is_integer(inner) or pa.types.is_floating(inner)):
-        wanted = f"lists of numbers for shape {column.shape}" if column.shape else "numbers"
+    if not _can_hold(inner, column):
+        wanted = f"lists of numbers for shape {column.shape}" if column.shape else WANTED[column.kind]
         raise SpecError(f"Arrow: column '{column.name}' is of type {str(kind)[:80]}, expected {wanted}")
+
+
+def _can_hold(kind: pa.DataType, column: Column) -> bool:
+    """Whether values of the column may be of this type, which is one that `validate` looks all through."""
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return True
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    match column.kind:
+        case "category":
+            fits = is_text or pa.types.is_boolean(kind)
+        case "date":
+            fits = is_text or pa.types.is_date(kind) or pa.types.is_timestamp(kind)
+        case _:
+            fits = False
+    return bool(fits or (column.nullable and pa.types.is_null(kind)))
 
 
 def _check_tensor_shape(field: pa.Field, column: Column) -> None:

@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigray.bundle import BundleManifest, OutputSchema
-from bigray.data.features import FeatureSchema, holds_text
+from bigray.data.features import Column, FeatureSchema, holds_text
 from bigray.data.targets import SEPARATOR
 from bigray.errors import SpecError
 from bigray.inference import Predictions
-from bigray.serve.wire.binary import DTYPES, read_numbers, write_numbers, write_strings
+from bigray.serve.wire.binary import DTYPES, read_flags, read_numbers, read_strings, write_numbers, write_strings
 
 FloatArray = NDArray[np.float32]
 
 ACCEPTED = "send FP32 (or FP16, FP64, INT8 to INT64, UINT8 to UINT64)"
+ACCEPTED_OF_KIND = {"number": ACCEPTED, "category": "send BYTES (or BOOL, or numbers)", "date": "send BYTES"}
 SHARED_MEMORY = "shared_memory_region"
 
 
@@ -31,11 +32,11 @@ class InputTensor(NamedTuple):
     datatype: Any
     shape: Any
     data: Any
-    """Raw bytes as a memoryview; or numbers, as a list (flat or nested) or an array."""
+    """Raw bytes as a memoryview; or values, as a list (flat or nested, texts perhaps as bytes) or an array."""
 
 
 class OutputTensor(NamedTuple):
-    """One tensor of an answer; labels are a list, the rest a flat array."""
+    """One tensor of an answer, or of a request to be sent: a flat array, or a list of labels or values."""
 
     name: str
     datatype: str
@@ -51,15 +52,32 @@ def decode_tensors(tensors: Sequence[InputTensor], schema: FeatureSchema) -> Flo
     """The tensors of a request -> float32 array (rows, *input_shape).
 
     One tensor holds everything; a model of scalar columns also takes a tensor of shape [rows] or [rows, 1] for each.
+    Columns that are not all plain numbers come so alone, each with its values as they are in a record: categories and
+    dates as texts. A missing one is null in JSON, NaN in numbers, an empty text in BYTES.
 
     Raises:
         SpecError: another number of tensors, or one whose name, datatype, shape or data does not fit.
     """
+    if not schema.is_plain:
+        return _decode_raw_columns(tensors, schema)
     if len(tensors) == 1 and tensors[0].name == schema.tensor_name:
         return schema.checked(_decode(tensors[0], schema.input_shape))
     if schema.is_tensor:
         raise SpecError(f"inputs: expected exactly one tensor named '{schema.tensor_name}', got {_names(tensors)}")
     return _decode_columns(tensors, schema)
+
+
+def input_tensors(schema: FeatureSchema, codes: FloatArray) -> list[OutputTensor]:
+    """Codes (rows, *input_shape) -> the tensors of a request that has them, as `describe_inputs` lists them."""
+    if schema.is_plain:
+        return [OutputTensor(schema.tensor_name, "FP32", list(codes.shape), codes.reshape(-1))]
+    records, tensors = schema.to_records(codes), []
+    for column, description in zip(schema.columns, describe_inputs(schema), strict=True):
+        values = [record[column.name] for record in records]
+        missing = "" if description["datatype"] == "BYTES" else math.nan
+        shown = [missing if value is None else value for value in values]
+        tensors.append(OutputTensor(column.name, description["datatype"], [len(codes)], shown))
+    return tensors
 
 
 def output_tensors(predictions: Predictions, label_datatype: str) -> list[OutputTensor]:
@@ -77,7 +95,10 @@ def output_tensors(predictions: Predictions, label_datatype: str) -> list[Output
 
 
 def describe_inputs(schema: FeatureSchema) -> list[dict[str, Any]]:
-    """Name, datatype and shape of the input; -1 marks the batch axis."""
+    """Name, datatype and shape of each input; -1 marks the batch axis."""
+    if not schema.is_plain:
+        kinds = {"number": "FP32"}
+        return [{"name": one.name, "datatype": kinds.get(one.kind, "BYTES"), "shape": [-1]} for one in schema.columns]
     return [{"name": schema.tensor_name, "datatype": "FP32", "shape": [-1, *schema.input_shape]}]
 
 
@@ -124,9 +145,76 @@ def _decode_columns(tensors: Sequence[InputTensor], schema: FeatureSchema) -> Fl
         whole = f"one tensor named '{schema.tensor_name}' of shape [rows, {len(names)}]"
         raise SpecError(f"inputs: expected {whole}, or one for each column ({_listed(names)}), got {_names(tensors)}")
     by_name = {tensor.name: _decode_column(tensor) for tensor in tensors}
-    if len(lengths := {len(values) for values in by_name.values()}) > 1:
-        raise SpecError(f"inputs: the columns have different numbers of rows, from {min(lengths)} to {max(lengths)}")
+    _check_lengths([len(values) for values in by_name.values()])
     return schema.checked(np.stack([by_name[name] for name in names], axis=1))
+
+
+def _decode_raw_columns(tensors: Sequence[InputTensor], schema: FeatureSchema) -> FloatArray:
+    names = [column.name for column in schema.columns]
+    by_name = {str(tensor.name): tensor for tensor in tensors}
+    if len(tensors) != len(names) or by_name.keys() != set(names):
+        raise SpecError(f"inputs: expected a tensor for each column ({_listed(names)}), got {_names(tensors)}")
+    columns = [_raw_values(by_name[column.name], column) for column in schema.columns]
+    _check_lengths([len(values) for values in columns])
+    return schema.checked(list(zip(*columns, strict=True)))
+
+
+def _check_lengths(lengths: Sequence[int]) -> None:
+    if len(set(lengths)) > 1:
+        raise SpecError(f"inputs: the columns have different numbers of rows, from {min(lengths)} to {max(lengths)}")
+
+
+def _raw_values(tensor: InputTensor, column: Column) -> list[Any]:
+    """The values of a column, as a record would hold them."""
+    name, datatype = str(tensor.name), tensor.datatype
+    others = {"category": ("BYTES", "BOOL"), "date": ("BYTES",)}.get(column.kind, ())
+    if not isinstance(datatype, str) or (datatype not in DTYPES and datatype not in others):
+        raise SpecError(f"{name}: datatype {_shown(datatype)} is not accepted, {ACCEPTED_OF_KIND[column.kind]}")
+    is_column = isinstance(tensor.shape, list) and len(tensor.shape) == 2
+    shape = _checked_shape(name, tensor.shape, (1,) if is_column else ())
+    values = _flat_values(tensor.data, datatype, shape, name)
+    if len(values) != shape[0]:
+        raise SpecError(f"{name}: data has {len(values)} values, expected {shape}, flat or nested")
+    return _texts(values, name) if datatype == "BYTES" else _checked_values(values, datatype, name)
+
+
+def _flat_values(data: Any, datatype: str, shape: list[int], name: str) -> list[Any]:
+    if isinstance(data, memoryview):
+        if datatype == "BYTES":
+            return list(read_strings(data))
+        data = read_flags(data) if datatype == "BOOL" else read_numbers(data, datatype, shape, name)
+    if isinstance(data, np.ndarray):
+        return data.reshape(-1).tolist()
+    if not isinstance(data, list):
+        raise SpecError(f"{name}: expected data, a list of {shape[0]} values")
+    return [one[0] if type(one) is list and len(one) == 1 else one for one in data] if len(shape) == 2 else data
+
+
+def _texts(values: list[Any], name: str) -> list[Any]:
+    found = []
+    for row, value in enumerate(values):
+        if not (value is None or isinstance(value, str | bytes)):
+            raise SpecError(f"{name}: datatype BYTES, but row {row} is {_shown(value)}")
+        try:
+            found.append(value.decode() if isinstance(value, bytes) else value)
+        except UnicodeDecodeError:
+            raise SpecError(f"{name}: row {row} is not UTF-8") from None
+    return found
+
+
+def _checked_values(values: list[Any], datatype: str, name: str) -> list[Any]:
+    """As they are, where they are what the datatype says; null is for the schema to judge."""
+    kinds = (bool,) if datatype == "BOOL" else (int, float)
+    for row, value in enumerate(values):
+        if value is not None and type(value) not in kinds:
+            raise SpecError(f"{name}: datatype {datatype}, but row {row} is {_shown(value)}")
+    if datatype == "BOOL":
+        return values
+    numbers = np.asarray([value for value in values if value is not None])
+    if numbers.dtype.kind not in "iuf":
+        raise SpecError(f"{name}: data holds numbers that are too large")
+    _check_range(name, datatype, numbers)
+    return values
 
 
 def _decode_column(tensor: InputTensor) -> NDArray[Any]:

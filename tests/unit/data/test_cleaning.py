@@ -123,7 +123,7 @@ def test_categories_are_those_of_the_training_rows(tmp_path: Path) -> None:
     assert set(dataset.inputs.from_table(dataset.holdout)[:, 1]) == {-1.0}
     assert _faults(tmp_path, train, unknown_category="refuse", **split) == (
         f"data.source: row {train.num_rows}: 'colour' is not a category that training saw: 'green'; "
-        "clean them in the source",
+        'set data.unknown_category = "ignore", or leave those rows out of the source',
     )
 
 

@@ -229,6 +229,7 @@ def test_a_value_without_a_code_is_refused_with_its_row_and_column(changed: dict
         ([[[1.0], "blue", "a", 3]], r"records\[0\]: 'size': expected a number, got \[1.0\]"),
         ([[1.0, ["blue"], "a", 3]], r"records\[0\]: 'colour': expected a category, got \['blue'\]"),
         ([[10**400, "blue", "a", 3]], r"records\[0\]: 'size' is no finite number"),
+        ([[1, 10**5000, "a", 3]], r"records\[0\]: 'colour': expected a category, got a huge number"),
         ([], "expected a list of rows of 4 values"),
         ("blue", "expected a list of rows of 4 values"),
         (np.zeros((1, 3)), r"wrong shape \(1, 3\), expected \(rows, 4\)"),
@@ -238,6 +239,24 @@ def test_a_value_without_a_code_is_refused_with_its_row_and_column(changed: dict
 def test_rows_of_another_form_are_refused(values: Any, expected: str) -> None:
     with pytest.raises(SpecError, match=expected):
         MIXED.checked(values)
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ({"day": pa.array([2**62], pa.timestamp("s"))}, "column 'day' holds dates beyond the year 290,000"),
+        ({"day": pa.array([5], pa.duration("s"))}, "row 0: 'day': expected a date"),
+        ({"colour": pa.array([b"blue"])}, "row 0: 'colour': expected a category, got b'blue'"),
+        ({"colour": pa.array([["blue"]])}, "column 'colour' is list<item: string>, which has no values to compare"),
+        ({"size": pa.array([[1.0]])}, "column 'size' is list<item: double>, which has no values to compare"),
+    ],
+    ids=["far away", "a duration", "bytes", "a list", "a list of numbers"],
+)
+def test_columns_of_types_that_cannot_be_encoded_are_refused(column: dict[str, pa.Array], expected: str) -> None:
+    table = pa.table({name: [value] for name, value in WHOLE.items()} | column)
+
+    with pytest.raises(SpecError, match=expected):
+        MIXED.from_table(table)
 
 
 def test_an_array_of_numbers_holds_raw_values_and_not_codes() -> None:

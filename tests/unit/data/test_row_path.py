@@ -18,10 +18,21 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from bigray.bundle import BundleManifest, FactorySpec, Golden, ModelBundle, Origin, pack_holdout, save_bundle
+from bigray.bundle import (
+    BundleManifest,
+    FactorySpec,
+    Golden,
+    ModelBundle,
+    Origin,
+    load_holdout,
+    pack_holdout,
+    save_bundle,
+)
 from bigray.data.dataset import Dataset, prepare_dataset
-from bigray.data.features import table_to_records
+from bigray.data.features import Column, table_to_records
 from bigray.inference import Predictor
+from bigray.serve.release.golden import check_golden
+from bigray.serve.sample import write_sample_bundle
 from bigray.specs import DataSpec
 from bigray.storage import open_storage
 from bigray.training.tensor_files import pack_tensors
@@ -166,3 +177,23 @@ def test_a_picture_is_the_same_model_input_as_bytes_in_base64_and_in_training(tm
         predictor.outputs(inputs.from_records([dataset.example])).reshape(-1), dataset.arrays.x_train[0].reshape(-1)
     )
     assert abs(float(dataset.arrays.x_train.mean())) < 1e-3
+
+
+def test_a_sample_bundle_may_have_columns_of_every_kind(tmp_path: Path) -> None:
+    columns = (
+        Column(name="size", nullable=True),
+        Column(name="colour", kind="category", categories=("blue", "red"), nullable=True),
+        Column(name="day", kind="date"),
+    )
+
+    uri = write_sample_bundle(str(tmp_path), columns=columns, params={"hidden": [4]}, onnx=False)
+    bundle = ModelBundle.load(uri)
+    holdout, inputs = load_holdout(uri), bundle.manifest.inputs
+    golden = bundle.golden
+
+    assert holdout is not None and golden is not None
+    assert check_golden(bundle, Predictor(bundle)) is None
+    assert inputs.from_records([bundle.manifest.example]).shape == (1, 3)
+    assert bundle.manifest.model_input_shape == (2 + 3 + 5,)
+    np.testing.assert_array_equal(inputs.from_table(holdout)[: len(golden.inputs)], golden.inputs)
+    assert np.isnan(golden.inputs).any()

@@ -104,7 +104,9 @@ def test_what_was_interrupted_goes_on_where_it_stopped(bundle: str, data: str, t
 
     assert result.parts_done_before == 1, "of two, one was cut"
     _check_answers(parquet.read_table(out), bundle, data)
+    Path(f"{out}.parts").mkdir()  # as where a process dies between joining them and removing them
     again = predict_source(bundle, data, out, spread=_dying_after(0))
+    assert not Path(f"{out}.parts").exists()
     assert again.parts_done_before == again.parts == 4
 
 

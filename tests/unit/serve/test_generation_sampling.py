@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from bigray.data.text import BYTES, lengths
 from bigray.errors import SpecError
-from bigray.sampling import GenerationRequest, draw, generate
+from bigray.serve.generation.sampling import GenerationRequest, draw, generate
 
 ABC = ("a", "b", "c")
 
