@@ -607,7 +607,8 @@ def print_data_report(job: str, found: TableReport) -> None:
     out.print(Text.assemble(("rows ", "bold"), f"{counts}, leaks: {leaks or 'none'}"), soft_wrap=True)
     readable = [example for example in report.examples if len(example) > 1]  # of images there is but the target
     for number, example in enumerate(readable):
-        out.print(Text.assemble((f"example {number} ", "bold"), _dumped(example)), soft_wrap=True)
+        shown = dict(list(example.items())[:MOST_COLUMNS_OF_DATA])
+        out.print(Text.assemble((f"example {number} ", "bold"), _dumped(shown)), soft_wrap=True)
     _print_warnings(found.warnings)
 
 

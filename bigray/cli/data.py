@@ -39,8 +39,9 @@ def data(
     if as_json:
         console.print_json({"job": spec.name, **found.to_json(), "warnings": found.warnings})
         return
-    console.print_text_report(spec.name, found) if not isinstance(found, TableReport) else console.print_data_report(
-        spec.name, found
-    )
+    if isinstance(found, TableReport):
+        console.print_data_report(spec.name, found)
+    else:
+        console.print_text_report(spec.name, found)
     if sheet is not None:
         console.say(f"wrote {sheet}")

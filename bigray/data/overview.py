@@ -1,6 +1,6 @@
-"""A job's data as `bigray data` shows it: read, cleaned and split as for training, with nothing fitted or trained on it.
+"""A job's data as `bigray data` shows it: read, cleaned and split as for training, with nothing fitted or trained.
 
-Rows that training would refuse for a gap are shown with it: that is what the command is there to find. Driver, no torch.
+Rows that training would refuse for a gap are shown with it: to find it is what the command is for. Driver, no torch.
 """
 
 from __future__ import annotations
@@ -103,12 +103,11 @@ def look_at(spec: DataSpec, task: BuiltInTask, positive: str | int | None = None
         if dataset.inputs.columns[0].kind == "text":
             return _describe_text(dataset, spec)
     rows = read_clean(_tolerant(spec), task, positive)
-    split = rows.split
-    parts = {name: rows.content.take(pa.array(numbers)) for name, numbers in _parts(split).items()}
+    parts = {name: rows.content.take(pa.array(numbers)) for name, numbers in _parts(rows.split).items()}
     report = inspect(parts, spec.target, rows.kinds, is_classes=False)
     report = replace(
         report,
-        classes=_classes(rows.targets, rows.outputs.class_names, split),
+        classes=_classes(rows),
         columns=tuple(replace(column, type=_type_name(rows.table, column.name)) for column in report.columns),
     )
     return TableReport(
@@ -128,7 +127,7 @@ def is_picture(shape: Sequence[int]) -> bool:
 
 
 def to_pixels(tensor: NDArray[Any]) -> NDArray[np.uint8]:
-    """(rows, H, W) or (rows, C, H, W) -> the same as (rows, C, H, W) from 0 to 255: bytes as they are, else by range."""
+    """(rows, H, W) or (rows, C, H, W) -> (rows, C, H, W) from 0 to 255: bytes as they are, else by range."""
     images = tensor[:, None] if tensor.ndim == 3 else tensor
     if images.dtype == np.uint8:
         return images
@@ -159,20 +158,21 @@ def _parts(split: Split) -> dict[str, NDArray[np.int64]]:
     return dict(zip(PARTS, (split.train, split.validation, split.holdout), strict=True))
 
 
-def _classes(targets: Targets, names: Sequence[str | int], split: Split) -> dict[str, dict[str, int]]:
-    """Rows of each class (of each label) in each part."""
-    if not names or (targets.ndim == 1 and targets.dtype.kind != "i"):
+def _classes(rows: CleanRows) -> dict[str, dict[str, int]]:
+    """Rows of each class (of each label) in each part; none where targets are values or tokens."""
+    if rows.outputs.task not in ("classification", "binary", "multilabel"):
         return {}
-    numbers = range(len(names))
-    has_it = targets.astype(bool) if targets.ndim == 2 else targets[:, None] == np.asarray(numbers)
-    counts = {part: has_it[rows].sum(axis=0) for part, rows in _parts(split).items()}
-    return {str(names[number]): {part: int(counts[part][number]) for part in counts} for number in numbers}
+    names, targets = rows.outputs.class_names, rows.targets
+    has_it = targets.astype(bool) if targets.ndim == 2 else targets[:, None] == np.arange(len(names))
+    counts = {part: has_it[numbers].sum(axis=0) for part, numbers in _parts(rows.split).items()}
+    return {str(name): {part: int(counts[part][number]) for part in counts} for number, name in enumerate(names)}
 
 
 def _type_name(table: pa.Table, name: str) -> str:
-    """Of a tensor, the type of its values: its shape is told beside it."""
+    """Of a tensor or a dictionary, the type of its values: a tensor's shape is told beside it."""
     kind = table.schema.field(name).type
-    return str(kind.value_type if isinstance(kind, pa.FixedShapeTensorType) else kind)
+    has_values = isinstance(kind, pa.FixedShapeTensorType) or pa.types.is_dictionary(kind)
+    return str(kind.value_type if has_values else kind)
 
 
 def _range(targets: Targets) -> tuple[float, float, float]:

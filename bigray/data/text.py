@@ -34,8 +34,8 @@ def level_of(vocabulary: Sequence[str]) -> Level:
     return "byte" if tuple(vocabulary) == BYTES else "character"
 
 
-def encode(text: str, vocabulary: Sequence[str]) -> TokenArray:
-    """A text -> the numbers of its tokens, (tokens,).
+def encode(text: str, vocabulary: Sequence[str], place: str = "text") -> TokenArray:
+    """A text -> the numbers of its tokens, (tokens,). `place` is where it stands, for people.
 
     Raises:
         SpecError: a character that is not in the vocabulary.
@@ -48,8 +48,8 @@ def encode(text: str, vocabulary: Sequence[str]) -> TokenArray:
     except KeyError as error:
         character = str(error.args[0])
         raise SpecError(
-            f"text: {character!r} is not one of the {len(vocabulary)} characters of the training text; leave it out, "
-            f"or train with data.tokens = 'byte'"
+            f"{place}: {character!r} is not one of the {len(vocabulary)} characters of the training text; "
+            f"leave it out, or train with data.tokens = 'byte'"
         ) from None
 
 
@@ -80,7 +80,8 @@ def prompt_window(tokens: TokenArray, context: int) -> FloatArray:
 
 def lengths(codes: FloatArray) -> TokenArray:
     """Windows (rows, context) of `prompt_window` -> the tokens in each, (rows,)."""
-    return (codes != PADDING).sum(axis=1)
+    found: TokenArray = (codes != PADDING).sum(axis=1)
+    return found
 
 
 def split_text(num_tokens: int, validation: float, holdout: float) -> tuple[slice, slice, slice]:

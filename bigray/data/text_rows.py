@@ -54,6 +54,7 @@ def read_windows(table: pa.Table, num_given: int | None, spec: DataSpec) -> Text
     texts = [text or "" for text in table.column(TEXT).to_pylist()]
     given = "".join(texts[num_given:]) if num_given is not None else ""
     text = "".join(texts[:num_given])
+    # of all parts: a letter that only the end of the text has is no reason to stop, nor tells what comes before it
     vocabulary = vocabulary_of(text + given, spec.tokens)
     tokens = encode(text, vocabulary)
     holdout_share = spec.split.holdout if num_given is None else 0.0

@@ -241,7 +241,7 @@ class ModelApp:
         async def ask(window: NDArray[np.float32]) -> NDArray[np.float32]:
             predictions, by = await self._store.predict(chosen, window)
             if by.manifest.outputs.class_names != vocabulary:  # a canary failed, and the version before knows others
-                raise Refusal(503, "the version that wrote this text has failed; try again", TRY_AGAIN)
+                raise Refusal(500, "the version that wrote this text has failed; try again")
             exchange.answered = by
             exchange.rows += 1
             assert predictions.probabilities is not None, "a model of language has them"

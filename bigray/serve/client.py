@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import json
@@ -9,6 +10,7 @@ import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import SplitResult, urlsplit
@@ -93,6 +95,7 @@ class Client:
     def predict(self, records: Sequence[Mapping[str, Any]], *, sticky: str | None = None) -> list[dict[str, Any]]:
         """`POST /predict`, in one request: one prediction for each record, in order.
 
+        Values may be dates, numpy numbers and arrays, and the bytes of a PNG or JPEG; None is a missing one.
         Callers that send the same `sticky` text are on the same side of a canary.
         """
         return self.predict_body(_body([_row(record) for record in records]), sticky=sticky)
@@ -104,7 +107,10 @@ class Client:
         return predictions
 
     def predict_array(self, rows: ArrayLike) -> NDArray[np.float32]:
-        """(rows, *input_shape) -> probabilities (rows, classes) or values (rows,): binary both ways, the fast way."""
+        """(rows, *input_shape) -> probabilities (rows, classes) or values (rows,): binary both ways, the fast way.
+
+        For tensors, and for columns that are all numbers.
+        """
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(rows, dtype=np.float32), allow_pickle=False)
         npy = {"content-type": "application/x-npy", "accept": "application/x-npy"}
@@ -219,7 +225,16 @@ def request_bodies(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
 
 
 def _row(record: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(record, _for_json, orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _for_json(value: Any) -> Any:
+    """What JSON has no way to write and a record may hold: a picture's bytes, an exact number."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, Decimal):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} cannot be sent")
 
 
 def _body(rows: Sequence[bytes]) -> bytes:

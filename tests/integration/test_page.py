@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from bigray.bundle import BundleManifest, FactorySpec, Golden, ModelBundle, ModelCard, Origin, OutputSchema, save_bundle
+from bigray.data.codes import UNSEEN_NAME
 from bigray.data.features import Column, FeatureSchema
 from bigray.data.preprocessing import fit_preprocessing
 from bigray.serve.protect.keys import create_key
@@ -460,6 +461,34 @@ def test_an_empty_field_is_named_and_takes_the_focus(page: Page, tmp_path: Path)
         page.find("predict").click()
         assert page.problem() == "Enter a number for 'height'."
         assert page.focused() == "field-1"
+
+
+def test_categories_dates_and_missing_values_have_entries_of_their_own(page: Page, tmp_path: Path) -> None:
+    columns = [
+        Column(name="age", nullable=True),
+        Column(name="colour", kind="category", categories=("red", "blue"), nullable=True),
+        Column(name="born", kind="date"),
+    ]
+    bundle = sample(tmp_path, columns, name="people")
+    example = ModelBundle.load(bundle).manifest.example
+    with served(app_of(bundle)) as url:
+        page.open(url).find("predict").click()
+        page.answer()
+        assert page.sent() == example | {"age": pytest.approx(example["age"])}
+        age, born = page.browser.find_elements(By.CSS_SELECTOR, "#grid input")
+        colour = page.browser.find_element(By.CSS_SELECTOR, "#grid select")
+        age.clear()
+        page.run("arguments[0].value = '2024-05-31T12:30'", born)
+        for keys, sent in (("bl", "blue"), ("an", UNSEEN_NAME), ("mi", None)):
+            colour.send_keys(keys)
+            page.find("predict").click()
+            page.answer()
+            page.wait(lambda sent=sent: page.sent()["colour"] == sent)
+            assert page.sent() == {"age": None, "colour": sent, "born": "2024-05-31T12:30"}
+        page.run("arguments[0].value = ''", born)
+        page.find("predict").click()
+        assert page.problem() == "Enter a date and time for 'born'."
+        assert page.focused() == "field-2"
 
 
 def test_many_columns_scroll_in_a_box_and_can_be_searched(page: Page, tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from bigray.serve.release.gate import CHECKS, FORCIBLE
 from bigray.serve.scaling.settings import ScalingSettings
 from bigray.specs import (
     AshaSpec,
+    AugmentSpec,
+    ColumnSpec,
+    DataSpec,
     JobSpec,
     KeepSpec,
     MedianSpec,
@@ -33,6 +36,7 @@ from bigray.specs import (
     SearchSpec,
     SeedSpec,
     Spec,
+    SplitSpec,
     TrainingSpec,
 )
 
@@ -42,6 +46,8 @@ SNIPPETS = re.findall(r"```toml\n(.*?)```", GUIDE, flags=re.DOTALL)
 TUNING_GUIDE = (ROOT / "docs/tuning.md").read_text()
 SEARCHES = re.findall(r"```toml\n(.*?)```", TUNING_GUIDE, flags=re.DOTALL)
 OF_README = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+DATA_GUIDE = (ROOT / "docs/data.md").read_text()
+OF_DATA = re.findall(r"```toml\n(.*?)```", DATA_GUIDE, flags=re.DOTALL)
 SERVING_GUIDE = (ROOT / "docs/serving.md").read_text()
 SERVE_README = (ROOT / "serve/README.md").read_text()
 SERVE_FILES = [
@@ -95,6 +101,23 @@ def test_the_training_guide_tells_of_every_setting(spec: type[Spec]) -> None:
     missing = set(spec.model_fields) - _words_of_code(GUIDE, SNIPPETS)
 
     assert not missing, f"not in docs/training.md: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("number", range(len(OF_DATA)))
+def test_every_snippet_of_the_data_guide_is_a_part_of_a_job_file(number: int) -> None:
+    snippet = tomllib.loads(OF_DATA[number])
+    example = tomllib.loads((ROOT / "examples/digits/job.toml").read_text())
+    if "train" in snippet["data"]:
+        del example["data"]["source"]
+
+    assert JobSpec.model_validate(_merged(example, snippet))
+
+
+@pytest.mark.parametrize("spec", [DataSpec, ColumnSpec, SplitSpec, AugmentSpec])
+def test_the_data_guide_tells_of_every_setting(spec: type[Spec]) -> None:
+    missing = set(spec.model_fields) - _words_of_code(DATA_GUIDE, OF_DATA)
+
+    assert not missing, f"not in docs/data.md: {sorted(missing)}"
 
 
 def _words_of_code(guide: str, snippets: list[str]) -> set[str]:

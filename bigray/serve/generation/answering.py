@@ -100,7 +100,8 @@ class _Tokens:
         if not np.isfinite(probabilities).all():
             raise Refusal(500, "the model's numbers are no longer finite")
         self.num_asked += 1
-        return probabilities[0]
+        first: FloatArray = probabilities[0]
+        return first
 
 
 async def _events(pieces: AsyncIterator[str], tokens: _Tokens) -> AsyncIterator[bytes]:

@@ -17,6 +17,10 @@ NextToken = Callable[[FloatArray], Awaitable[FloatArray]]
 """One window (1, context) -> the probabilities of the token after it, (vocabulary,)."""
 
 
+COLD = 1e-6
+"""A temperature below this is 0: scores divided by it are no numbers any more."""
+
+
 class GenerationRequest(BaseModel):
     """What a caller asks for."""
 
@@ -37,7 +41,7 @@ class GenerationRequest(BaseModel):
 
 def draw(probabilities: FloatArray, temperature: float, top_k: int | None, generator: np.random.Generator) -> int:
     """The number of the next token, from the probabilities (vocabulary,) of the model."""
-    if temperature == 0:
+    if temperature < COLD:
         return int(probabilities.argmax())
     scores = np.log(np.maximum(probabilities.astype(np.float64), 1e-30)) / temperature
     if top_k is not None and top_k < len(scores):
@@ -57,7 +61,7 @@ async def generate(
     Raises:
         SpecError: the prompt holds a character that the model does not know.
     """
-    tokens = encode(request.prompt, vocabulary)
+    tokens = encode(request.prompt, vocabulary, "prompt")
     if not len(tokens):
         raise SpecError("prompt: is empty")
     generator = np.random.default_rng(request.seed)

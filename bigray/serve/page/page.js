@@ -346,13 +346,13 @@ function buildForm() {
   clearAnswer();
 }
 
-// one number for each column
+// one entry for each column: a number, a choice, a date
 function fieldsInput() {
   const grid = $("grid");
   const isLong = card.inputs.length > LONG_FORM;
   grid.classList.toggle("long", isLong);
   show($("find-row"), isLong);
-  const fields = card.inputs.map((column, i) => numberField(column, i));
+  const fields = card.inputs.map((column, i) => fieldOf(column, i));
   grid.replaceChildren(...fields.map((field) => field.box));
   $("find").oninput = () => {
     const wanted = $("find").value.trim().toLowerCase();
@@ -360,7 +360,7 @@ function fieldsInput() {
   };
   const reset = () => {
     for (const field of fields) {
-      field.entry.value = shortest(card.example[field.column.name]);
+      field.set(card.example[field.column.name]);
       checkField(field);
     }
   };
@@ -368,21 +368,88 @@ function fieldsInput() {
   return { reset, record: () => fieldsRecord(fields) };
 }
 
-function numberField(column, i) {
-  const hint = make("small", { id: `hint-${i}` });
-  const entry = make("input", { id: `field-${i}`, type: "number", step: "any", autocomplete: "off", "aria-describedby": `hint-${i}` });
-  entry.inputMode = "text"; // the keyboards of phones for numbers have no minus
-  const field = { column, entry, hint, box: make("div", { class: "field" }, make("label", { for: `field-${i}` }, column.name), entry, hint) };
-  if (column.low !== null && column.high !== null) {
-    entry.min = column.low;
-    entry.max = column.high;
-    entry.step = niceStep(column);
-  }
+function fieldOf(column, i) {
+  const attributes = { id: `field-${i}`, autocomplete: "off", "aria-describedby": `hint-${i}` };
+  const build = { category: categoryEntry, date: dateEntry }[column.kind] ?? numberEntry;
+  const { entry, ...how } = build(column, attributes);
+  const hint = make("small", { id: `hint-${i}` }, how.note ?? "");
+  const field = { ...how, column, entry, hint, box: make("div", { class: "field" }, make("label", { for: `field-${i}` }, column.name), entry, hint) };
   entry.addEventListener("input", () => {
     checkField(field);
     markStale();
   });
   return field;
+}
+
+// an entry's `read` gives null for a missing value, and undefined where there is none to send
+function emptied(column, entry) {
+  return column.nullable && !entry.validity.badInput ? null : undefined;
+}
+
+function missingNote(column) {
+  return column.nullable ? "leave empty if missing" : "";
+}
+
+function categoryEntry(column, attributes) {
+  const options = column.categories.map((name, i) => make("option", { value: i }, name));
+  if (column.unseen !== null) options.push(make("option", { value: "unseen" }, "another, unseen in training"));
+  if (column.nullable) options.push(make("option", { value: "missing" }, "missing"));
+  const entry = make("select", attributes, ...options);
+  return {
+    entry,
+    wanted: "a category",
+    set: (value) => {
+      const place = column.categories.indexOf(String(value));
+      if (place >= 0) entry.value = place;
+      else entry.value = (value ?? null) === null && column.nullable ? "missing" : "unseen";
+    },
+    read: () => (entry.value === "missing" ? null : entry.value === "unseen" ? column.unseen : column.categories[entry.value]),
+  };
+}
+
+function dateEntry(column, attributes) {
+  const isDay = /^\d{4}-\d{2}-\d{2}$/.test(card.example[column.name] ?? "2000-01-01");
+  const entry = make("input", { ...attributes, type: isDay ? "date" : "datetime-local", step: isDay ? null : "any" });
+  let given = { shown: "", value: undefined };
+  return {
+    entry,
+    wanted: isDay ? "a date" : "a date and time",
+    note: [isDay ? "" : "in UTC", missingNote(column)].filter(Boolean).join(", "),
+    set: (value) => {
+      entry.value = value === null || isDay ? value : inUtc(value);
+      given = { shown: entry.value, value };
+    },
+    read: () => {
+      if (entry.value === "") return emptied(column, entry);
+      return entry.value === given.shown ? given.value : entry.value; // a browser has no microseconds
+    },
+  };
+}
+
+// as fields for dates and times take it; text without a zone is UTC already
+function inUtc(text) {
+  const hasZone = /(Z|[+-]\d{2}(:?\d{2})?)$/.test(String(text).slice(10));
+  const moment = new Date(typeof text === "number" ? text * 86400000 : hasZone ? text : `${text}Z`);
+  return Number.isNaN(moment.getTime()) ? "" : moment.toISOString().slice(0, 19);
+}
+
+function numberEntry(column, attributes) {
+  const entry = make("input", { ...attributes, type: "number", step: "any" });
+  entry.inputMode = "text"; // the keyboards of phones for numbers have no minus
+  if (column.low !== null && column.high !== null) {
+    entry.min = column.low;
+    entry.max = column.high;
+    entry.step = niceStep(column);
+  }
+  return {
+    entry,
+    wanted: "a number",
+    note: missingNote(column),
+    set: (value) => {
+      entry.value = shortest(value);
+    },
+    read: () => (Number.isNaN(entry.valueAsNumber) ? emptied(column, entry) : entry.valueAsNumber),
+  };
 }
 
 // the fewest digits that are the same number to the model, which reads 32 bits
@@ -402,25 +469,26 @@ function niceStep({ low, high }) {
 }
 
 // the range is that of the training rows: a hint, not a limit
-function checkField({ column, entry, hint, box }) {
+function checkField({ column, entry, hint, box, note }) {
   entry.removeAttribute("aria-invalid");
   if (column.low === null || column.high === null) return;
   const value = entry.valueAsNumber;
   const isOutside = value < column.low || value > column.high;
   box.classList.toggle("outside", isOutside);
-  hint.textContent = `${isOutside ? "outside " : ""}${number(column.low)} to ${number(column.high)}`;
+  hint.textContent = `${isOutside ? "outside " : ""}${number(column.low)} to ${number(column.high)}${note ? `; ${note}` : ""}`;
 }
 
 function fieldsRecord(fields) {
   const record = {};
-  for (const { column, entry, box } of fields) {
-    if (Number.isNaN(entry.valueAsNumber)) {
+  for (const { column, entry, box, wanted, read } of fields) {
+    const value = read();
+    if (value === undefined) {
       show(box);
       entry.setAttribute("aria-invalid", "true");
       entry.focus();
-      throw new Error(`Enter a number for '${column.name}'.`);
+      throw new Error(`Enter ${wanted} for '${column.name}'.`);
     }
-    record[column.name] = entry.valueAsNumber;
+    record[column.name] = value;
   }
   return record;
 }

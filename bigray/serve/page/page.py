@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bigray.bundle import BundleManifest, ModelCard
+from bigray.data.codes import UNSEEN_NAME
+from bigray.data.features import Column
 from bigray.serve.http import Answer
 
 _FOLDER = Path(__file__).parent
@@ -87,8 +89,21 @@ def _inputs(manifest: BundleManifest) -> list[dict[str, Any]]:
     for column in manifest.inputs.columns:
         known = manifest.input_range if column.shape else manifest.ranges.get(column.name)
         low, high = known or (None, None)
-        columns.append({"name": column.name, "shape": list(column.shape), "low": low, "high": high})
+        columns.append(_column(column) | {"low": low, "high": high})
     return columns
+
+
+def _column(column: Column) -> dict[str, Any]:
+    """What a form has to know of a column; `unseen` stands for the categories that training did not see."""
+    is_category = column.kind == "category"
+    return {
+        "name": column.name,
+        "shape": list(column.shape),
+        "kind": column.kind,
+        "categories": list(column.categories) if is_category else [],
+        "unseen": UNSEEN_NAME if is_category and column.unknown == "ignore" else None,
+        "nullable": column.nullable,
+    }
 
 
 def _image(manifest: BundleManifest) -> dict[str, Any] | None:
@@ -97,7 +112,10 @@ def _image(manifest: BundleManifest) -> dict[str, Any] | None:
     if found is None:
         return None
     height, width, channels, layout = found
-    low, high = manifest.input_range or _guessed_range(manifest.example[manifest.inputs.tensor_name])
+    if manifest.inputs.columns[0].kind == "image":
+        low, high = 0.0, 255.0
+    else:
+        low, high = manifest.input_range or _guessed_range(manifest.example[manifest.inputs.tensor_name])
     size = {"height": height, "width": width, "channels": channels}
     return {**size, "layout": layout, "low": low, "high": high}
 

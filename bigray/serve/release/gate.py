@@ -30,7 +30,6 @@ from bigray.serve.release.process import (
     ProcessSettings,
     ask_binary,
     ask_json,
-    ask_rows,
 )
 
 State = Literal["running", "passed", "failed", "forced", "skipped"]
@@ -261,14 +260,15 @@ class _Gate:
         if table is None:
             raise _Skipped("the bundle has no holdout")
         rows, truth = manifest.inputs.from_table(table), true_answers(table, manifest.outputs)
-        answers = ask_rows(self._ready(), rows, manifest)
+        answers = ask_binary(self._ready(), rows, manifest)
         if (bad := _rows_without_number(answers)) > 0:
             raise DeployError(f"answers {bad} of {len(rows)} rows with NaN or an infinite value")
-        losses = row_losses(answers, truth)
+        losses = row_losses(answers, truth, manifest.outputs)
         if self._live_process is None or self._found.live_manifest is None:
             return f"{_loss(float(losses.mean()), manifest)} of {len(rows)} rows; nothing is live to compare with"
         with _about_the_live_version():
-            live_losses = row_losses(ask_rows(self._live_process, rows, self._found.live_manifest), truth)
+            live = self._found.live_manifest
+            live_losses = row_losses(ask_binary(self._live_process, rows, live), truth, live.outputs)
         paired = self._found.paired = compare_paired(losses, live_losses)
         detail = (
             f"{_loss(paired.candidate, manifest)} of {paired.rows} rows, "
@@ -393,6 +393,8 @@ def _rows_without_number(answers: Predictions) -> int:
 
 
 def _loss(value: float, manifest: BundleManifest) -> str:
+    if manifest.outputs.task == "language":
+        return f"{value:.4g} nats a token"
     return f"mean squared error {value:.4g}" if manifest.outputs.task == "regression" else f"{value:.1%} wrong"
 
 

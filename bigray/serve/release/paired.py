@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigray.bundle import OutputSchema
 from bigray.inference import Predictions
 
 LossArray = NDArray[np.float64]
 
 MOST_DRAWS = 10_000
+_LEAST_PROBABILITY = 1e-9
 _SIGNS_AT_ONCE = 1 << 22
 """Bounds memory."""
 
 
 @dataclass(frozen=True)
 class PairedResult:
-    """Two versions on the same rows; losses are mean shares of wrong answers or mean squared errors."""
+    """Two versions on the same rows; losses are means of `row_losses`."""
 
     rows: int
     candidate: float
@@ -38,11 +40,14 @@ class PairedResult:
         return self.difference > 0 and self.p_value < alpha
 
 
-def row_losses(predictions: Predictions, truth: Sequence[Any]) -> LossArray:
+def row_losses(predictions: Predictions, truth: Sequence[Any], outputs: OutputSchema | None = None) -> LossArray:
     """(rows,) 0 or 1 for a right or wrong class, the share of wrong ones of a row's labels, squared error for a value.
 
-    NaN where the answer is no number.
+    With `outputs` of a language task, the nats of the token that came: most are no certain thing, so that right or
+    wrong would tell little. NaN where the answer is no number.
     """
+    if outputs is not None and outputs.task == "language":
+        return _nats(predictions, truth, outputs)
     if predictions.values is not None:
         return (predictions.values.astype(np.float64) - np.asarray(truth, dtype=np.float64)) ** 2
     assert predictions.labels is not None, "a prediction has values or labels"
@@ -52,6 +57,17 @@ def row_losses(predictions: Predictions, truth: Sequence[Any]) -> LossArray:
         num_labels = predictions.probabilities.shape[1]
         return np.array([len({*given} ^ {*true}) / num_labels for given, true in pairs])
     return np.array([float(a != b) for a, b in pairs])
+
+
+def _nats(predictions: Predictions, truth: Sequence[Any], outputs: OutputSchema) -> LossArray:
+    assert predictions.probabilities is not None, "a model of language has them"
+    names = outputs.class_names or tuple(range(outputs.num_outputs))
+    places = {name: place for place, name in enumerate(names)}
+    known = [place for place, token in enumerate(truth) if token in places]
+    found = np.zeros(len(truth))  # what a version has never heard of, it does not expect
+    found[known] = predictions.probabilities[known, [places[truth[place]] for place in known]]
+    losses: LossArray = -np.log(np.maximum(found, _LEAST_PROBABILITY))
+    return losses
 
 
 def compare_paired(candidate: LossArray, live: LossArray, *, draws: int = MOST_DRAWS, seed: int = 0) -> PairedResult:

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from bigray.bundle import BundleManifest
 from bigray.errors import DeployError
 from bigray.inference import Predictions, decide
+from bigray.serve.wire.protocol import encode_request
 
 FloatArray = NDArray[np.float32]
 
-NPY = {"content-type": "application/x-npy", "accept": "application/x-npy"}
 JSON = {"content-type": "application/json"}
 ROWS_PER_REQUEST = 256
 BYTES_PER_REQUEST = 2 * 2**20
@@ -173,32 +173,11 @@ class CandidateProcess:
         return " ".join(lines[-1].split())[:200] if lines else ""
 
 
-def ask_rows(process: CandidateProcess, rows: FloatArray, manifest: BundleManifest) -> Predictions:
-    """Predictions for checked rows (rows, *input_shape), as `.npy` files both ways."""
-    parts = [ask_once(process, part) for part in cut(rows)]
-    return to_predictions(np.concatenate(parts), manifest)
-
-
-def ask_once(process: CandidateProcess, rows: FloatArray) -> FloatArray:
-    """Probabilities (rows, classes) or values (rows,) for rows that go into one request."""
-    body = io.BytesIO()
-    np.lib.format.write_array(body, np.ascontiguousarray(rows), allow_pickle=False)
-    content, _ = process.ask("/predict", body.getvalue(), NPY)
-    try:
-        answer: FloatArray = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError):
-        raise DeployError("POST /predict: the answer is no .npy file") from None
-    return answer
-
-
 def ask_json(process: CandidateProcess, rows: FloatArray, manifest: BundleManifest) -> Predictions:
-    """The same as records of JSON, the way people ask."""
-    names = [column.name for column in manifest.inputs.columns]
+    """Predictions for rows of these codes (rows, *input_shape) as records of JSON, the way people ask."""
     answers: list[dict[str, Any]] = []
     for part in cut(rows):
-        values = [[row] for row in part] if manifest.inputs.is_tensor else part
-        records = [dict(zip(names, row, strict=True)) for row in values]
-        body = orjson.dumps({"records": records}, option=orjson.OPT_SERIALIZE_NUMPY)
+        body = orjson.dumps({"records": _records(part, manifest)}, option=orjson.OPT_SERIALIZE_NUMPY)
         content, _ = process.ask("/predict", body, JSON)
         answers.extend(orjson.loads(content)["predictions"])
     # a NaN is null in JSON, which numpy makes a NaN of again
@@ -214,20 +193,21 @@ def ask_binary(process: CandidateProcess, rows: FloatArray, manifest: BundleMani
     name = "prediction" if manifest.outputs.task == "regression" else "probabilities"
     parts = []
     for part in cut(rows):
-        data = np.ascontiguousarray(part, dtype="<f4").tobytes()
-        tensor = {
-            "name": manifest.inputs.tensor_name,
-            "datatype": "FP32",
-            "shape": list(part.shape),
-            "parameters": {"binary_data_size": len(data)},
-        }
-        wanted = {"name": name, "parameters": {"binary_data": True}}
-        header = orjson.dumps({"inputs": [tensor], "outputs": [wanted]})
-        content, headers = process.ask(path, header + data, {"Inference-Header-Content-Length": str(len(header))})
+        body, header_length = encode_request(manifest.inputs, part, (name,))
+        content, headers = process.ask(path, body, {"Inference-Header-Content-Length": str(header_length)})
         length = int(headers.get("inference-header-content-length", len(content)))
         shape = orjson.loads(content[:length])["outputs"][0]["shape"]
         parts.append(np.frombuffer(content, dtype="<f4", offset=length).reshape(shape))
     return to_predictions(np.concatenate(parts), manifest)
+
+
+def _records(codes: FloatArray, manifest: BundleManifest) -> list[dict[str, Any]]:
+    """As arrays where a code is its value: their numbers then keep their shortest form."""
+    schema = manifest.inputs
+    if not schema.is_plain:
+        return schema.to_records(codes)
+    values = [[row] for row in codes] if schema.is_tensor else codes
+    return [dict(zip((column.name for column in schema.columns), row, strict=True)) for row in values]
 
 
 def cut(rows: FloatArray) -> list[FloatArray]:

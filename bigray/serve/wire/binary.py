@@ -44,7 +44,8 @@ def read_numbers(data: Buffer, datatype: str, shape: Sequence[int], name: str) -
 
 def read_flags(data: Buffer) -> NDArray[np.bool_]:
     """The raw bytes of a BOOL tensor, one each."""
-    return np.frombuffer(data, np.uint8) != 0
+    flags: NDArray[np.bool_] = np.frombuffer(data, np.uint8) != 0
+    return flags
 
 
 def write_numbers(values: Any, datatype: str) -> bytes:

@@ -152,6 +152,8 @@ def _value_schema(column: Column) -> Schema:
         numbers = _array(NUMBER, column.shape)
         picture = {"type": "string", "contentEncoding": "base64", "description": "A PNG or JPEG."}
         return {"anyOf": [numbers, picture]} if len(column.shape) == 3 else numbers
+    if column.kind == "text" and column.categories:
+        return {"anyOf": [_array(NUMBER, column.shape), {"type": "string", "minLength": 1}]}
     if column.kind == "category":
         kinds = _category_schemas(column)
     elif column.kind == "date":
@@ -182,7 +184,7 @@ def _spellings(categories: tuple[str, ...]) -> Iterator[Any]:
         except ValueError:
             continue
         if isinstance(value, bool) or (math.isfinite(value) and category_text(value) == name):
-            yield value
+            yield int(value) if value == int(value) and not isinstance(value, bool) else value
 
 
 def _csv_body(manifest: BundleManifest) -> Schema:
@@ -238,6 +240,17 @@ def _infer_operation(manifest: BundleManifest) -> Schema:
         }
     ]
     return operation
+
+
+def _generate_operation(manifest: BundleManifest) -> Schema:
+    """The request is told as `GenerationRequest` tells it; a prompt of other characters is a 400 all the same."""
+    example = {"prompt": manifest.inputs.columns[0].categories[0], "max_tokens": 20, "stream": False}
+    body = {"schema": GenerationRequest.model_json_schema(), "example": example}
+    answer = _object({"model": TEXT, "version": TEXT, "text": TEXT, "tokens": {"type": "integer"}})
+    answers = {EVENTS.decode(): {"schema": TEXT}, JSON_TYPE: {"schema": answer}}
+    return _post(
+        "The text after a prompt: an event for each piece, or without `stream` whole.", {JSON_TYPE: body}, answers
+    )
 
 
 def _example_tensors(schema: FeatureSchema, example: dict[str, Any]) -> list[Schema]:

@@ -15,6 +15,7 @@ import orjson
 from numpy.typing import NDArray
 
 from bigray.bundle import BundleManifest
+from bigray.data.features import FeatureSchema
 from bigray.errors import SpecError
 from bigray.inference import Predictions
 from bigray.serve.http import Answer
@@ -26,6 +27,7 @@ from bigray.serve.wire.tensors import (
     decode_tensors,
     describe_inputs,
     describe_outputs,
+    input_tensors,
     label_datatype,
     output_tensors,
     platform_of,
@@ -104,6 +106,23 @@ def decode_infer(body: bytes, manifest: BundleManifest, header_length: int | Non
         binary=_flag(_parameters(document, "parameters"), "binary_data_output") or False,
         binary_outputs=binary_outputs,
     )
+
+
+def encode_request(schema: FeatureSchema, codes: FloatArray, outputs: Sequence[str] = ()) -> tuple[bytes, int]:
+    """A request for rows that have these codes (rows, *input_shape), raw both ways -> its body and its header's length.
+
+    `outputs` are the names of those asked for; none for all.
+    """
+    tensors = [(one, one.raw()) for one in input_tensors(schema, codes)]
+    described = [
+        {"name": one.name, "datatype": one.datatype, "shape": one.shape, "parameters": {"binary_data_size": len(raw)}}
+        for one, raw in tensors
+    ]
+    document: dict[str, Any] = {"inputs": described, "parameters": {"binary_data_output": True}}
+    if outputs:
+        document["outputs"] = [{"name": name} for name in outputs]
+    header = orjson.dumps(document)
+    return b"".join((header, *(raw for _, raw in tensors))), len(header)
 
 
 def encode_infer(predictions: Predictions, request: InferRequest, model: str, version: str) -> Answer:

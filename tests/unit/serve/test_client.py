@@ -5,6 +5,8 @@ import json
 import socket
 import struct
 from collections.abc import Iterator
+from datetime import date
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -62,6 +64,18 @@ def test_a_record_larger_than_a_request_goes_alone():
 
 def test_no_records_are_no_request():
     assert list(request_bodies([])) == []
+
+
+def test_dates_pictures_and_exact_numbers_are_sent_as_json_has_them():
+    record = {
+        "born": date(2024, 5, 31),
+        "picture": b"\x89PNG",
+        "price": Decimal("1.5"),
+        "age": np.float32(3),
+        "no": None,
+    }
+    (body,) = request_bodies([record])
+    assert rows_of(body) == [{"born": "2024-05-31", "picture": "iVBORw==", "price": 1.5, "age": 3, "no": None}]
 
 
 def test_arrays_are_sent_as_lists():

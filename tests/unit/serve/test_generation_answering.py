@@ -17,7 +17,7 @@ from bigray.data.text import lengths
 from bigray.inference import Predictions
 from bigray.serve import asgi as asgi_module
 from bigray.serve.asgi import ModelApp
-from bigray.serve.batching import Batcher, Capacity, QueueLimits
+from bigray.serve.batching import Batcher, Capacity
 from bigray.serve.compare import SideBySide
 from bigray.serve.generation import answering
 from bigray.serve.generation.answering import decode_generation
@@ -30,6 +30,7 @@ from bigray.serve.release.record import Release, Rollout
 from bigray.serve.store import ModelStore, View
 from bigray.serve.wire.openapi import openapi_document
 from tests.unit.serve.test_asgi import ask, call, make_app
+from tests.unit.serve.test_fast_http import request, run, serving, until
 
 ABC = ("a", "b", "c")
 CONTEXT = 4
@@ -50,6 +51,7 @@ def make_writer(make_model: Callable[..., LoadedModel]) -> Callable[..., LoadedM
         column = Column(name="text", shape=(CONTEXT,), kind="text", categories=vocabulary)
         changed = {
             "inputs": FeatureSchema(columns=(column,)),
+            "example": {"text": [0, 1, 2, 0]},
             "outputs": OutputSchema(task="language", num_outputs=3, target="next", class_names=vocabulary),
         }
         return replace(model, manifest=model.manifest.model_copy(update=changed))
@@ -129,7 +131,8 @@ def test_without_stream_the_text_comes_whole(make_writer):
         assert answer.document == {"model": "animals", "version": "a" * 12, "text": "b", "tokens": 3}
 
 
-def test_the_streams_of_several_callers_share_batches(make_writer):
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_streams_of_several_callers_share_batches(make_writer, is_slow):
     batches: list[int] = []
 
     def run(rows: np.ndarray) -> Predictions:
@@ -137,7 +140,7 @@ def test_the_streams_of_several_callers_share_batches(make_writer):
         return after_each_the_next(rows)
 
     async def story() -> list[Caller]:
-        app = make_app(ModelStore(make_writer(run)))
+        app = make_app(ModelStore(make_writer(run, is_slow=is_slow)))
         callers = [Caller(app, max_tokens=10) for _ in range(8)]
         await asyncio.gather(*(caller.task for caller in callers))
         return callers
@@ -216,30 +219,27 @@ def test_numbers_that_are_not_finite_end_a_text(make_writer):
 
 def test_a_text_that_has_begun_waits_while_others_fill_the_queue(make_writer, monkeypatch):
     monkeypatch.setattr(answering, "ASKS_AGAIN_S", 0.0)
-    model = make_writer()
+    no_room = {6, 7, 8}
     asked = 0
 
     class Crowded(Batcher):
         def check_room(self) -> None:
             nonlocal asked
             asked += 1
-            if asked % 3 == 0:
+            if asked in no_room:
                 raise Refusal(503, "overloaded")
 
-    crowded = replace(model, batcher=Crowded(after_each_the_next, Capacity(8, 1e-4, False), QueueLimits()))
-    # the first two questions are about the room before and behind the body, the third is the first token's own
-    asked = 1
-    caller = generate(make_app(ModelStore(crowded)), max_tokens=6)
+    batcher = Crowded(after_each_the_next, Capacity(8, 1e-4, False))
+    caller = generate(make_app(ModelStore(replace(make_writer(), batcher=batcher))), max_tokens=6)
     assert caller.events[-1] == {"done": True, "tokens": 6}
-    asked = 0
-    assert generate(make_app(ModelStore(crowded)), max_tokens=6).status == 503
+    assert asked > max(no_room)
 
 
 def test_a_version_with_another_vocabulary_does_not_go_on_with_the_text(make_writer):
     left = iter([True, True, False])
 
     def failing(rows: np.ndarray) -> Predictions:
-        if not next(left):
+        if not next(left, False):
             raise RuntimeError
         return after_each_the_next(rows)
 
@@ -262,7 +262,7 @@ def test_a_version_with_another_vocabulary_does_not_go_on_with_the_text(make_wri
         (b'{"prompt": "a", "max_tokens": "9"}', "max_tokens: input should be a valid integer"),
         (b'{"prompt": "a", "max_tokens": 100000}', "max_tokens: input should be less than or equal to 10000"),
         (b'{"prompt": "a", "best_of": 2}', "best_of: extra inputs are not permitted"),
-        (b'{"prompt": "a!"}', "text: '!' is not one of the 3 characters of the training text"),
+        (b'{"prompt": "a!"}', "prompt: '!' is not one of the 3 characters of the training text"),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
@@ -299,11 +299,57 @@ def test_it_is_listed_and_described_where_there_is_text(make_writer):
         assert set(paths[path]["post"]["responses"]["200"]["content"]) == {"text/event-stream", "application/json"}
 
 
+def test_what_has_no_room_at_first_is_refused(make_writer):
+    class Full(Batcher):
+        def check_room(self) -> None:
+            raise Refusal(503, "overloaded")
+
+    model = replace(make_writer(), batcher=Full(after_each_the_next, Capacity(8, 1e-4, False)))
+    assert generate(make_app(ModelStore(model))).status == 503
+
+
 def test_it_takes_the_key_that_predictions_take(make_writer, tmp_path):
     path = str(tmp_path / "keys.json")
-    key, secret = create_key(path, name="writer")
+    secret = create_key(path, "writer")
     app = make_app(ModelStore(make_writer()), guard=Guard(path))
     body = b'{"prompt": "a", "stream": false}'
     assert call(app, "POST", "/generate", body).status == 401
     allowed = asyncio.run(ask(app, "POST", "/generate", body, [("x-api-key", secret)]))
     assert allowed.status == 200
+
+
+def test_over_a_connection_it_comes_in_chunks_and_the_connection_is_kept(make_writer):
+    async def story() -> tuple[bytes, int, int]:
+        async with serving(make_writer()) as endpoint:
+            client = await endpoint.connect()
+            bodies = []
+            for _ in range(2):
+                await client.send(request(b'{"prompt": "a", "max_tokens": 3}', start="POST /generate"))
+                head = (await client.reader.readuntil(b"\r\n\r\n")).decode()
+                assert "transfer-encoding: chunked" in head
+                bodies.append(await client.reader.readuntil(b"0\r\n\r\n"))
+            assert bodies[1].count(b"data: ") == 4
+            record = b'{"records": [{"text": "ab"}]}'
+            return bodies[1], (await client.ask(request(record))).status, endpoint.front.num_short
+
+    body, status, num_short = run(story())
+    assert body.endswith(b'data: {"done":true,"tokens":3}\n\n\r\n0\r\n\r\n')
+    assert (status, num_short) == (200, 1)
+
+
+def test_a_connection_that_is_cut_ends_its_text(make_writer, monkeypatch):
+    monkeypatch.setattr("bigray.serve.under_way.WATCHED_AFTER_S", 0.0)
+    monkeypatch.setattr(asgi_module, "TICK_S", 0.001)
+
+    async def story() -> list[dict[str, Any]]:
+        async with serving(make_writer()) as endpoint:
+            client = await endpoint.connect()
+            await client.send(request(b'{"prompt": "a", "max_tokens": 10000}', start="POST /generate"))
+            await client.reader.readuntil(b"data: ")
+            client.writer.close()
+            await until(lambda: bool(endpoint.telemetry.snapshot()["requests"]))
+            return endpoint.telemetry.snapshot()["requests"]
+
+    (series,) = run(story())
+    assert series["statuses"] == {"499": 1}
+    assert series["counts"] == [0] * len(series["counts"])

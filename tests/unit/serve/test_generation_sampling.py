@@ -63,6 +63,13 @@ def test_of_top_k_only_the_likeliest_are_drawn():
     assert {draw(probabilities, 1.0, 2, generator) for _ in range(200)} == {0, 1}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-6, 1e-3])
+def test_without_temperature_it_is_the_likeliest(temperature):
+    probabilities = np.array([0.0, 0.3, 0.4, 0.3], dtype=np.float32)
+    generator = np.random.default_rng(0)
+    assert {draw(probabilities, temperature, None, generator) for _ in range(20)} == {2}
+
+
 def test_temperature_sharpens_and_flattens():
     probabilities = np.array([0.6, 0.4], dtype=np.float32)
     cold, warm = (

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from bigray.bundle import BundleManifest, ClassScores, ModelBundle, ModelCard, OutputSchema
+from bigray.data.codes import UNSEEN_NAME
 from bigray.data.features import Column, FeatureSchema
 from bigray.serve.page.page import content_policy, model_card, page_answer
 
@@ -107,12 +108,35 @@ def test_what_the_endpoint_adds_goes_before_what_the_bundle_says(bundle: ModelBu
 def test_the_card_of_scalar_columns_has_their_ranges(regression_bundle: ModelBundle):
     manifest = regression_bundle.manifest.model_copy(update={"ranges": {"width": (0.5, 2.0)}})
     card = model_card(manifest, "abc", {})
-    assert card["inputs"] == [
-        {"name": "width", "shape": [], "low": 0.5, "high": 2.0},
-        {"name": "height", "shape": [], "low": None, "high": None},
-    ]
+    ranges = [(column["name"], column["shape"], column["low"], column["high"]) for column in card["inputs"]]
+    assert ranges == [("width", [], 0.5, 2.0), ("height", [], None, None)]
     assert card["image"] is None
     assert card["classes"] == []
+
+
+def test_the_card_tells_what_a_form_has_to_ask_for(regression_bundle: ModelBundle):
+    columns = (
+        Column(name="age", nullable=True),
+        Column(name="colour", kind="category", categories=("red", "blue")),
+        Column(name="level", kind="category", categories=("1",), unknown="refuse", nullable=True),
+        Column(name="born", kind="date"),
+    )
+    manifest = regression_bundle.manifest.model_copy(update={"inputs": FeatureSchema(columns=columns)})
+    told = model_card(manifest, "abc", {})["inputs"]
+    kinds = [(one["kind"], one["categories"], one["unseen"], one["nullable"]) for one in told]
+    assert kinds == [
+        ("number", [], None, True),
+        ("category", ["red", "blue"], UNSEEN_NAME, False),
+        ("category", ["1"], None, True),
+        ("date", [], None, False),
+    ]
+
+
+def test_a_column_of_pictures_is_drawn_from_black_to_white_whatever_its_rows_held(bundle: ModelBundle):
+    columns = (Column(name="picture", kind="image", shape=(1, 8, 8)),)
+    changes = {"inputs": FeatureSchema(columns=columns), "input_range": (3.0, 200.0)}
+    image = model_card(bundle.manifest.model_copy(update=changes), "abc", {})["image"]
+    assert (image["low"], image["high"]) == (0.0, 255.0)
 
 
 def test_the_card_has_the_confusion_and_rows_that_the_bundle_knows(bundle: ModelBundle):

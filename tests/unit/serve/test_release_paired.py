@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bigray.bundle import OutputSchema
 from bigray.inference import Predictions
 from bigray.serve.release.paired import compare_paired, row_losses
 
@@ -79,3 +80,13 @@ def test_the_loss_of_a_row_of_labels_is_the_share_that_is_wrong() -> None:
     given = Predictions([["a", "b"], [], ["c"]], np.zeros((3, 4), np.float32), None)
 
     np.testing.assert_array_equal(row_losses(given, [["a"], [], ["a", "b"]]), [0.25, 0.0, 0.75])
+
+
+def test_the_loss_of_a_token_is_how_little_it_was_expected() -> None:
+    outputs = OutputSchema(task="language", num_outputs=2, target="next", class_names=("a", "b"))
+    probabilities = np.array([[0.25, 0.75], [1.0, 0.0], [np.nan, 0.5], [0.5, 0.5]], np.float32)
+    losses = row_losses(Predictions(["b", "a", "a", "a"], probabilities, None), ["a", "a", "a", "c"], outputs)
+
+    np.testing.assert_allclose(losses[:2], [np.log(4), 0.0])
+    assert np.isnan(losses[2])
+    assert np.isfinite(losses[3]) and losses[3] > 15

@@ -41,6 +41,7 @@ def refusal(router: Router, method: str, path: str) -> Refusal:
         ("GET", "/metrics", "metrics", PREDICT),
         ("GET", "/openapi.json", "other", PREDICT),
         ("POST", "/predict", "predict", PREDICT),
+        ("POST", "/generate", "generate", PREDICT),
         ("GET", "/v2", "other", OPEN),
         ("GET", "/v2/health/live", "health", OPEN),
         ("GET", "/v2/health/ready", "health", OPEN),
@@ -49,13 +50,14 @@ def refusal(router: Router, method: str, path: str) -> Refusal:
         ("GET", "/v2/models/animals/ready", "health", OPEN),
         ("GET", "/v2/models/animals/config", "other", PREDICT),
         ("POST", "/v2/models/animals/infer", "infer", PREDICT),
+        ("POST", "/v2/models/animals/generate", "generate", PREDICT),
         ("POST", "/v2/models/animals/versions/0123456789ab/infer", "infer", PREDICT),
     ],
 )
 def test_each_path_has_its_route_and_what_it_takes_to_ask_it(router, method, path, kind, scope):
     route = router.find(path, method)
     assert (route.kind, route.scope) == (kind, scope)
-    assert (route.handler is None) == (kind in ("predict", "infer"))
+    assert (route.handler is None) == (kind in ("predict", "infer", "generate"))
     if method == "GET":
         assert router.find(path, "HEAD") == route
 
