@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ from bigray.data.targets import Targets
 from bigray.errors import StorageError
 from bigray.inference import row_outputs
 from bigray.models import build_model
+from bigray.onnx_export import export_onnx, run_module
 from bigray.paths import BUNDLE, RunPaths
 from bigray.specs import TrialSpec
 from bigray.training.answers import Exported
@@ -26,8 +24,6 @@ from bigray.training.sharded import JoinedTensors
 from bigray.training.tensor_files import pack_tensors
 
 CHECKED_ROWS = 256
-TOLERANCE = 1e-4
-"""Largest accepted |onnx - torch|, relative to the largest |output|."""
 EVALUATION_ROWS = 1024
 """Most rows of one forward pass over the validation rows; bounds memory."""
 
@@ -63,7 +59,7 @@ def export_bundle(
         trial.model.factory, trial.model.params, manifest.model_input_shape, manifest.outputs.num_outputs
     )
     module.load_state_dict(weights)
-    onnx, why_no_onnx = _export_onnx(module.eval(), sample[:CHECKED_ROWS])
+    onnx, why_no_onnx = export_onnx(module.eval(), sample[:CHECKED_ROWS])
     golden = _ask_golden(module, golden_rows, manifest) if golden_rows is not None else None
     card = (manifest.card or ModelCard()).model_copy(
         update={"num_parameters": sum(parameter.numel() for parameter in module.parameters())}
@@ -80,7 +76,7 @@ def _ask_golden(module: torch.nn.Module, rows: NDArray[np.float32], manifest: Bu
     """Codes as they are of a caller's rows, and the module's answers; None where it has none that could be served."""
     chosen = rows[:GOLDEN_ROWS]
     try:
-        answers = _forward(module, manifest.preprocessing.apply(chosen))
+        answers = run_module(module, manifest.preprocessing.apply(chosen))
         outputs = row_outputs(answers, chosen, manifest.outputs)
     except Exception:  # say, operators for a GPU alone: the weights are worth keeping, and the ONNX export told why
         return None
@@ -95,62 +91,5 @@ def _forward_in_parts(
     answers = []
     for start in range(0, len(sample), EVALUATION_ROWS):
         on_progress()
-        answers.append(_forward(module, sample[start : start + EVALUATION_ROWS]))
+        answers.append(run_module(module, sample[start : start + EVALUATION_ROWS]))
     return np.concatenate(answers)
-
-
-def _forward(module: torch.nn.Module, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        # a copy, since rows from the object store are read-only, which torch warns of
-        return module(torch.tensor(rows)).float().numpy()  # type: ignore[no-any-return]
-
-
-def _export_onnx(module: torch.nn.Module, sample: NDArray[np.float32]) -> tuple[bytes | None, str | None]:
-    try:
-        with _quiet():
-            model = _to_onnx(module, sample)
-            difference = _largest_difference(module, model, sample)
-    except Exception as error:  # the exporter raises many kinds; without ONNX the factory serves, so say why and go on
-        return None, f"export failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    if not difference <= TOLERANCE:  # so asked, NaN is refused too
-        return None, f"its outputs differ from the module's by {difference:.1e}"
-    return model, None
-
-
-def _to_onnx(module: torch.nn.Module, sample: NDArray[np.float32]) -> bytes:
-    rows = torch.export.Dim("rows", min=1)
-    example = torch.from_numpy(np.repeat(sample[:1], 2, axis=0))  # two rows: a size of 1 would be taken as fixed
-    program = torch.onnx.export(
-        module, (example,), dynamo=True, dynamic_shapes=({0: rows},), input_names=["features"], verbose=False
-    )
-    assert program is not None, "torch.onnx.export returns a program when dynamo=True"
-    return bytes(program.model_proto.SerializeToString())
-
-
-def _largest_difference(module: torch.nn.Module, model: bytes, sample: NDArray[np.float32]) -> float:
-    """Relative to the largest output, over one row, a few, and all of them: batch sizes take different kernels."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    differences = []
-    for rows in (sample[:1], sample[:3], sample):
-        expected = _forward(module, rows)
-        (actual,) = session.run(None, {session.get_inputs()[0].name: rows})
-        differences.append(np.abs(actual - expected).max() / max(1.0, np.abs(expected).max()))
-    return float(np.max(differences))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter logs its progress to the console; a failure still raises."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -28,6 +28,7 @@ from bigray.data.preprocessing import Preprocessing, fit_preprocessing
 from bigray.errors import StorageError
 from bigray.inference import Predictor
 from bigray.models import build_model
+from bigray.onnx_export import TOLERANCE, export_onnx
 from bigray.paths import RunPaths
 from bigray.serve.release.golden import check_golden
 from bigray.specs import ModelSpec, TrainingSpec, TrialSpec
@@ -35,7 +36,7 @@ from bigray.storage import open_storage
 from bigray.training.answers import Exported
 from bigray.training.checkpoint import Progress
 from bigray.training.checkpoint_writer import save_checkpoint, trim_trial
-from bigray.training.export import TOLERANCE, _export_onnx, export_bundle
+from bigray.training.export import export_bundle
 from bigray.training.tensor_files import pack_tensors, unpack_tensors
 
 ROWS = np.random.default_rng(0).normal(size=(64, 8, 8)).astype(np.float32)
@@ -198,7 +199,7 @@ def test_a_module_without_an_answer_on_this_machine_gives_a_bundle_without_golde
 def test_a_module_is_built_for_what_the_preprocessing_makes_of_a_row(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigray.training.export._export_onnx", lambda *_: (None, "not asked"))
+    monkeypatch.setattr("bigray.training.export.export_onnx", lambda *_: (None, "not asked"))
     trial = _trial("bigray.models:mlp", {})
     weights = pack_tensors(build_model(trial.model.factory, {}, (5,), 3).state_dict())
     save_checkpoint(paths, trial, 1, Progress(step=10, best_step=10), {"model.safetensors": weights})
@@ -219,7 +220,7 @@ def test_a_transformer_is_exported_for_any_number_of_rows(causal: bool) -> None:
     params = {"width": 8, "depth": 1, "heads": 2, "dropout": 0.1, "causal": causal}
     module = build_model("bigray.models:transformer", params, (8, 8), 3).eval()
 
-    model, why_no_onnx = _export_onnx(module, ROWS)
+    model, why_no_onnx = export_onnx(module, ROWS)
 
     assert why_no_onnx is None
     assert model is not None
@@ -270,7 +271,7 @@ def test_a_trial_of_which_only_the_record_was_kept_cannot_be_exported(paths: Run
 def test_averaged_weights_are_what_is_exported_where_there_are_some(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigray.training.export._export_onnx", lambda *_: (None, "not asked"))
+    monkeypatch.setattr("bigray.training.export.export_onnx", lambda *_: (None, "not asked"))
     trial = _trial("bigray.models:mlp", {})
     last, averaged = (pack_tensors(build_model(trial.model.factory, {}, (8, 8), 3).state_dict()) for _ in range(2))
     files = {"model.safetensors": last, "ema.safetensors": averaged}
@@ -298,10 +299,10 @@ def _onnx_of(operator: str) -> bytes:
 def test_only_an_export_that_gives_the_modules_own_answers_is_taken(
     monkeypatch: pytest.MonkeyPatch, operator: str, accepted: bool
 ) -> None:
-    monkeypatch.setattr("bigray.training.export._to_onnx", lambda *_: _onnx_of(operator))
+    monkeypatch.setattr("bigray.onnx_export._to_onnx", lambda *_: _onnx_of(operator))
     sample = np.linspace(-3, -1, 12, dtype=np.float32).reshape(4, 3)  # the logarithm of these is NaN
 
-    model, why_not = _export_onnx(torch.nn.Identity(), sample)
+    model, why_not = export_onnx(torch.nn.Identity(), sample)
 
     assert (model is not None) is accepted
     assert (why_not is None) is accepted
