@@ -16,6 +16,9 @@ _INITIAL_SCALE = 0.02
 class LanguageModel(nn.Module):
     """Codes of tokens (rows, T) -> (rows, T, num_tokens)."""
 
+    reads_codes = True
+    """Its inputs are numbers of tokens, which no lower precision may round."""
+
     def __init__(
         self,
         context: int,

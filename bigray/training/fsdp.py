@@ -24,6 +24,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -74,7 +75,9 @@ def shard_module(module: nn.Module, worker: Worker, precision: str = "fp32") -> 
         if not isinstance(block, FSDPModule):
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # the root lets its own parameters go too: outside a pass every parameter is cut, which saving relies on
-    fully_shard(module, mesh=mesh, mp_policy=_policy(precision, output=torch.float32), reshard_after_forward=True)
+    casts_inputs = not getattr(module, "reads_codes", False)  # bf16 has no number 257
+    policy = replace(_policy(precision, output=torch.float32), cast_forward_inputs=casts_inputs)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return module
 
 
