@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,15 +36,6 @@ def test_every_search_file_starts_with_the_command_that_uses_it(path: Path) -> N
 
     assert first.startswith("# bigray ")
     assert f"--search {_name(path)}" in first
-
-
-@pytest.mark.parametrize("path", JOBS, ids=_name)
-def test_every_example_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT)
-    written_name = tomllib.loads(path.read_text())["name"]
-
-    assert load_job(_name(path)).name == written_name
 
 
 @pytest.mark.parametrize("path", JOBS, ids=_name)
