@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from bigray.serve.explaining import ExplanationDesk
 from bigray.serve.asgi import Limits, ModelApp
 from bigray.serve.batching import QueueLimits
 from bigray.serve.config import BundleArgs, ModelEntry
@@ -73,7 +74,8 @@ def assemble(
     guard = Guard(args.keys)
     numbers = _Numbers(telemetry, replica, reports)
     limits = Limits(int(args.max_body_mb * 2**20), args.body_timeout_s)
-    router = Router(store, limits.max_body_bytes, numbers.stats, numbers.metrics)
+    explanations = ExplanationDesk(args.allow_factories, args.request_timeout_s)
+    router = Router(store, limits.max_body_bytes, numbers.stats, numbers.metrics, explanations)
     log = AccessLog(args.access_log) if args.access_log is not None else None
     tick = partial(_tick, store, telemetry, num_cpus, args.request_timeout_s)
     app = ModelApp(store, router, guard=guard, telemetry=telemetry, limits=limits, tick=tick, access_log=log)

@@ -11,6 +11,7 @@ import orjson
 from numpy.typing import NDArray
 
 from bigray.inference import Predictions
+from bigray.serve.explaining import ExplanationDesk
 from bigray.serve.generation.answering import decode_generation, writes_text
 from bigray.serve.generation.sampling import GenerationRequest
 from bigray.serve.http import Answer, Refusal, Request
@@ -41,7 +42,7 @@ class Question(NamedTuple):
 
 Decode = Callable[[Request, LoadedModel], Question]
 DecodeGeneration = Callable[[Request, LoadedModel], GenerationRequest]
-GENERATE = "/generate"
+GENERATE, EXPLAIN = "/generate", "/explain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,16 @@ class Route:
 class Router:
     """Finds the route for a path and a method; for a HEAD, that of the GET."""
 
-    def __init__(self, store: ModelStore, max_body_bytes: int, stats: Numbers, metrics: Numbers) -> None:
-        self._store, self._max_body_bytes = store, max_body_bytes
+    def __init__(
+        self,
+        store: ModelStore,
+        max_body_bytes: int,
+        stats: Numbers,
+        metrics: Numbers,
+        explanations: ExplanationDesk | None = None,
+    ) -> None:
+        """Without a desk nothing is explained."""
+        self._store, self._max_body_bytes, self._explanations = store, max_body_bytes, explanations
         self._table = self._build_table(stats, metrics)
         self._model_table = self._build_model_table()
         self._found: dict[tuple[str, str], Route] = {}
@@ -86,8 +95,16 @@ class Router:
         fixed = [f"{method} {path}" for path, methods in self._table.items() for method in methods]
         name = self._store.view.live.name
         own = [f"{method} /v2/models/{name}{rest}" for rest, methods in self._model_table.items() for method in methods]
-        writes = writes_text(self._store.view.live.manifest)
-        return sorted(line for line in (*fixed, *own) if writes or not line.endswith(GENERATE))
+        left_out = [path for path, is_there in self._optional().items() if not is_there]
+        return sorted(line for line in (*fixed, *own) if not line.endswith(tuple(left_out)))
+
+    def _optional(self) -> dict[str, bool]:
+        """Routes that not every model has, and whether the live one does."""
+        live = self._store.view.live
+        return {GENERATE: writes_text(live.manifest), EXPLAIN: self._explains(live)}
+
+    def _explains(self, model: LoadedModel) -> bool:
+        return self._explanations is not None and self._explanations.supports(model)
 
     def _find_model(self, path: str, method: str) -> Route:
         found = self._found.get((path, method))
@@ -113,6 +130,7 @@ class Router:
             "/": {"GET": _route("page", OPEN, self._root)},
             "/predict": {"POST": _question("predict", self._decode_predict)},
             GENERATE: {"POST": _generation(self._decode_generation)},
+            EXPLAIN: {"POST": _route("explain", PREDICT, self._explain)},
             "/card": {"GET": _route("page", PREDICT, self._card)},
             "/stats": {"GET": _route("stats", PREDICT, _ignoring_request(stats))},
             "/metrics": {"GET": _route("metrics", PREDICT, _ignoring_request(metrics))},
@@ -147,6 +165,14 @@ class Router:
     def _decode_generation(self, request: Request, model: LoadedModel) -> GenerationRequest:
         return decode_generation(self._plain_body(request), request.header(b"content-type"), model.manifest)
 
+    async def _explain(self, request: Request) -> Answer:
+        live = self._store.view.live
+        if self._explanations is None:
+            raise Refusal(501, "nothing is explained here")
+        self._explanations.check_supported(live)
+        rows = bodies.decode_predict(self._plain_body(request), request.header(b"content-type"), live.manifest)
+        return _json({"model": live.name, "version": live.version, **await self._explanations.explain(live, rows)})
+
     def _plain_body(self, request: Request) -> bytes:
         encoding = request.header(b"content-encoding")
         return bodies.decompress(request.body, encoding, self._max_body_bytes) if encoding else request.body
@@ -160,7 +186,7 @@ class Router:
     async def _card(self, request: Request) -> Answer:
         view = self._store.view
         live = view.live
-        return _json(model_card(live.manifest, live.version, {"name": live.name, "backend": live.backend}))
+        return _json(model_card(live.manifest, live.version, {"name": live.name, "backend": live.backend, "explains": self._explains(live)}))
 
     async def _openapi(self, request: Request) -> Answer:
         live = self._store.view.live
