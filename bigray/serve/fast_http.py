@@ -80,6 +80,13 @@ class QuickCall(Exchange):
         """Whether it says how long its body is, and nothing that takes more than an answer."""
         return b"content-length" in self.headers and NOT_PLAIN.isdisjoint(self.headers)
 
+    def give_up(self) -> None:
+        """Nobody is there to read an answer."""
+        if self.patience is not None:
+            self.patience.cancel()
+        if self.asked is not None:
+            self.asked.cancel()
+
 
 class FastHttp(BoundedHttp):
     """One connection."""
@@ -139,7 +146,7 @@ class FastHttp(BoundedHttp):
             self.cycle = None  # type: ignore[assignment]
         super().connection_lost(exc)
         if call is not None:
-            _forget(call)
+            call.give_up()
         if self._rest is not None:
             self._rest.cancel()
 
@@ -164,7 +171,8 @@ class FastHttp(BoundedHttp):
         return call if call.leads_to is not None else None
 
     def _begin(self, call: QuickCall) -> None:
-        _forget(call)
+        if call.patience is not None:
+            call.patience.cancel()
         assert call.leads_to is not None, "else it would not go this way"
         self._front.count(1)
         body = b"".join(call.pieces)
@@ -237,9 +245,8 @@ class FastHttp(BoundedHttp):
 
     def _hand_over(self, call: QuickCall) -> None:
         """Let the ASGI way go on with a request, from as much as has come of its body."""
-        if self._call is not call or self.transport.is_closing():
-            return
-        _forget(call)
+        if call.patience is not None:
+            call.patience.cancel()
         self._call = self.cycle = None  # type: ignore[assignment]
         self._take_asgi_way()
         cycle = self.cycle
@@ -253,10 +260,3 @@ class FastHttp(BoundedHttp):
         self.url, self.expect_100_continue = url, expects
         self.headers += headers  # the list that is in the scope
         super().on_headers_complete()
-
-
-def _forget(call: QuickCall) -> None:
-    if call.patience is not None:
-        call.patience.cancel()
-    if call.asked is not None:
-        call.asked.cancel()

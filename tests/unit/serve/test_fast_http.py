@@ -206,6 +206,8 @@ def test_an_answer_is_the_same_on_either_way(model, start, body, headers, status
         (request(start="POST /predict?x=1"), 200),
         (request(start="POST /predic%74"), 200),
         (request(start="POST http://x/predict"), 200),
+        (request(INFER, start="POST /v2/models/animals/versions/%61aaaaaaaaaaa/infer"), 200),
+        (request(INFER, start="POST /v2/models/animals/versions/aaaaaaaaaaaa?x=/infer"), 405),
         (request(b"x" * (LIMIT + 1)), 413),
         (request(b"x", "content-type: image/png"), 400),
         (request(b"", "connection: upgrade", "upgrade: h2c"), 400),
@@ -322,6 +324,21 @@ def test_a_slow_or_large_body_is_left_to_the_application(model, body, monkeypatc
             return [answer.status for answer in answers], endpoint.front.num_short, endpoint.front.num_open
 
     assert run(story()) == ([200, 200], 1, 0)
+
+
+def test_an_answer_waits_for_a_caller_that_does_not_read(model):
+    async def story():
+        async with serving(model) as endpoint:
+            client = await endpoint.connect()
+            await client.ask(request())
+            (connection,) = endpoint.state.connections
+            connection.pause_writing()
+            await client.send(request())
+            await until(lambda: endpoint.telemetry.snapshot()["total"]["requests"] == 2)
+            connection.resume_writing()
+            return (await client.answer()).status, endpoint.front.num_short
+
+    assert run(story()) == (200, 1)
 
 
 def test_who_expects_it_is_told_to_continue(model):
