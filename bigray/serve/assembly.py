@@ -72,7 +72,7 @@ def assemble(
     store = ModelStore(live, others, None if args.models_memory_mb is None else int(args.models_memory_mb * 2**20))
     guard = Guard(args.keys)
     numbers = _Numbers(telemetry, replica, reports)
-    limits = Limits(int(args.max_body_mb * 2**20), args.body_timeout_s)
+    limits = Limits(int(args.max_body_mb * 2**20), args.body_timeout_s, args.request_timeout_s, args.max_queue_s)
     router = Router(store, limits.max_body_bytes, numbers.stats, numbers.metrics)
     log = AccessLog(args.access_log) if args.access_log is not None else None
     tick = partial(_tick, store, telemetry, num_cpus, args.request_timeout_s)

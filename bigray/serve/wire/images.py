@@ -20,6 +20,8 @@ FloatArray = NDArray[np.float32]
 
 MAX_PIXELS, TIMES_THE_INPUT = 16_000_000, 4
 """Of what is decoded: at four to sixteen bytes each, or more where the model's own input is as large."""
+MAX_ALPHA_PIXELS = 4_000_000
+"""Of a picture with transparency: to lay it on white takes several copies of it, and seconds."""
 MAX_REDUCED_PIXELS = 50_000_000
 """Of a JPEG, as large as a camera makes it, that is decoded at a part of its size. A progressive one is held whole."""
 BRIGHTEST = 255.0
@@ -94,7 +96,8 @@ def _load(body: bytes, mode: str, size: tuple[int, int]) -> Image:
 
 def _bound_size(image: Image, mode: str, size: tuple[int, int], *, is_jpeg: bool) -> None:
     """See, before anything is decoded, that it takes no more memory than a picture may."""
-    limit = max(MAX_PIXELS, TIMES_THE_INPUT * size[0] * size[1])
+    most = MAX_ALPHA_PIXELS if image.has_transparency_data else MAX_PIXELS
+    limit = max(most, TIMES_THE_INPUT * size[0] * size[1])
     is_reduced = is_jpeg and "progressive" not in image.info
     _check_size(image.size, max(limit, MAX_REDUCED_PIXELS) if is_reduced else limit)
     # a JPEG is decoded at an eighth, a quarter or half of its size where that is still more than enough
