@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from load import SHARES, Phase, load, wrk
-from serving import SERVERS, Body, Model, parse, running, show, try_each, write_model
+from load import SHARES, Phase, capacity_beside_k6, load, wrk
+from serving import SERVERS, Model, parse, running, show, try_each, write_model
 
 PEERS = ["bigray", "fastapi-tuned", "serve-tuned", "serve"]
 COLUMNS = [
@@ -69,13 +69,6 @@ def measure(name: str, model: Model, options: Any) -> list[str]:
     latencies = [steady.latency(share) for share in SHARES]
     client = f"{report.client_cores:.2f}"
     return [SERVERS[name].title, *rates, *latencies, steady.failures(), f"{report.not_sent:,}", client]
-
-
-def capacity_beside_k6(body: Body, more_than_it_has: float, seconds: float) -> float:
-    """Answers a second to 16 callers: at a rate that is never reached, each asks as soon as it is answered."""
-    phases = (Phase("warm", more_than_it_has, 3), Phase("full", more_than_it_has, seconds, starts_at_s=3))
-    with load(body, *phases, callers=16, most_callers=16) as running_load:
-        return running_load.wait().phases["full"].counts.get("200", 0) / seconds
 
 
 if __name__ == "__main__":
