@@ -2,8 +2,8 @@
 
     python benchmarks/serve_swaps.py [--swaps 20] [--requests 100000] [--share 0.5]
 
-Two bundles take turns behind one replica, 20 times, while k6 sends requests at half of the server's capacity
-(beside k6 itself), without a retry, until 100,000 are done. Each answer names the version it is of, and its probabilities have to
+Two bundles take turns behind one replica, 20 times, while k6 sends requests at half of the server's capacity (beside k6
+itself), without a retry, until 100,000 are done. Each answer names the version it is of, and its probabilities have to
 be those of that version: `wrong answer` counts the others. bigray deploys with `--force`, so the gate runs but refuses
 nothing; its checks run beside the load, on the same cores, and are part of what is measured. Plain Serve redeploys by
 `serve.run` with other arguments, three times: as by default, and with `max_surge_percent=100`, which needs room for a
