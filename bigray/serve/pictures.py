@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from bigray.serve.http import Refusal
+from bigray.serve.http import Refusal, try_again_in
 
 T = TypeVar("T")
 
@@ -46,11 +45,10 @@ class PictureDesk:
         self._forget_done()
         waiting, backlog_s = len(self._jobs), self._backlog_s()
         if waiting and (waiting >= MOST_WAITING or backlog_s > self._max_queue_s):
-            retry_after = str(max(1, math.ceil(backlog_s))).encode()
             raise Refusal(
                 503,
                 f"overloaded: {waiting} pictures wait to be decoded, about {backlog_s:.1f} s of work; try again later",
-                ((b"retry-after", retry_after),),
+                try_again_in(backlog_s),
             )
 
     async def run(self, decode: Callable[..., T], *arguments: object) -> T:
