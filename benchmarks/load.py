@@ -207,6 +207,16 @@ def load(body: Body, *phases: Phase, timeout_s: float = 10.0, **plan: Any) -> It
                 process.wait(timeout=30)
 
 
+def capacity_beside_k6(body: Body, more_than_it_has: float, seconds: float) -> float:
+    """Answers a second to 16 callers of k6: at a rate that is never reached, each asks as soon as it is answered.
+
+    k6 takes many times as much of a shared machine as `wrk`, so a server has less beside it.
+    """
+    phases = (Phase("warm", more_than_it_has, 3), Phase("full", more_than_it_has, seconds, starts_at_s=3))
+    with load(body, *phases, callers=16, most_callers=16) as running_load:
+        return running_load.wait().phases["full"].counts.get("200", 0) / seconds
+
+
 def _command(folder: Path) -> list[str]:
     beside = Path(sys.executable).parent / "k6"
     program = str(beside) if beside.exists() else shutil.which("k6")

@@ -2,8 +2,8 @@
 
     python benchmarks/serve_swaps.py [--swaps 20] [--requests 100000] [--share 0.5]
 
-Two bundles take turns behind one replica, 20 times, while k6 sends requests at half of the server's capacity (by
-`wrk`), without a retry, until 100,000 are done. Each answer names the version it is of, and its probabilities have to
+Two bundles take turns behind one replica, 20 times, while k6 sends requests at half of the server's capacity (beside k6
+itself), without a retry, until 100,000 are done. Each answer names the version it is of, and its probabilities have to
 be those of that version: `wrong answer` counts the others. bigray deploys with `--force`, so the gate runs but refuses
 nothing; its checks run beside the load, on the same cores, and are part of what is measured. Plain Serve redeploys by
 `serve.run` with other arguments, three times: as by default, and with `max_surge_percent=100`, which needs room for a
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from load import Load, Phase, Report, load, wrk
+from load import Load, Phase, Report, capacity_beside_k6, load, wrk
 from measuring import tell
 from serving import SERVERS, Model, Running, parse, running, show, try_each, write_model
 
@@ -58,7 +58,8 @@ def measure(name: str, models: Sequence[Model], options: Any) -> list[str]:
         "version_header": VERSION_HEADER[name],
     }
     with running(SERVED[name], models[0]) as server:
-        capacity = wrk(body, options.capacity_seconds)
+        by_wrk = wrk(body, options.capacity_seconds)
+        capacity = capacity_beside_k6(body, by_wrk, options.capacity_seconds)
         rate = options.share * capacity
         # it is stopped once all is done, so the second phase is as long as it may ever be
         phases = (Phase("calm", rate, CALM_S), Phase("swaps", rate, LONGEST_S, starts_at_s=CALM_S))

@@ -25,8 +25,12 @@ from bigray.errors import CorruptFile, DiskFull, StorageError
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 """Ending of a file that is being written; one that stays was left by a process that died."""
-CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]*:[^/\s]*@")
-"""A name and a secret in front of a URI's host."""
+CREDENTIALS = re.compile(r"(?s)(?<=://)(?<!hdfs://)[^/\s:@]*:.*@|(?<=hdfs://)[^/\s:@]*:[^/\s]*@")
+"""A name and a secret in front of a URI's host; a secret may hold slashes. With HDFS a port may stand there instead."""
+SECRET_PARAMETERS = re.compile(r"(?is)(?<=[?&])([^=&?]*(?:secret|key|password|token|sig)[^=&?]*)=[^&]+")
+"""Parameters of a URI that hold a secret."""
+ANY_CREDENTIALS = re.compile(r"(?s)(?<=://).*:.*@")
+"""What may be some, in a URI that cannot be read anyway."""
 CHUNK_BYTES = 1 << 20
 """Hashed and written at a time: small enough to be in the cache for both, large enough to cost no time in calls."""
 
@@ -180,9 +184,10 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
             end in logs, journals, command lines and bundles.
     """
     text = os.fspath(uri)
-    if "://" in text and (secret := CREDENTIALS.search(text)):
+    shown = _without_secrets(text)
+    if shown != text:
         raise StorageError(
-            f"{text.replace(secret[0], '***@')}: a URI may hold no key and secret; set them in the environment "
+            f"{shown}: a URI may hold no key and secret; set them in the environment "
             f"(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
         )
     if "://" not in text:
@@ -190,8 +195,16 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     try:
         filesystem, root = fs.FileSystem.from_uri(text)
     except (ValueError, OSError) as error:
-        raise StorageError(f"{text}: cannot open storage: {error}") from error
+        shown = ANY_CREDENTIALS.sub("***@", text)
+        raise StorageError(f"{shown}: cannot open storage: {str(error).replace(text, shown)}") from error
     return Storage(filesystem, root.rstrip("/"), text.rstrip("/"))
+
+
+def _without_secrets(uri: str) -> str:
+    """The same where there are none; a local path has none."""
+    if "://" not in uri:
+        return uri
+    return SECRET_PARAMETERS.sub(r"\1=***", CREDENTIALS.sub("***@", uri))
 
 
 def commit_folder(

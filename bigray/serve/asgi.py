@@ -59,6 +59,10 @@ class Limits:
     max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 10.0
     """A body that has not come whole by then is refused with 408."""
+    request_timeout_s: float = 30.0
+    """A picture that is not decoded by then is given up with 504; all else that waits, the batchers give up."""
+    max_queue_s: float = 1.0
+    """Work on pictures, in seconds, that may wait; one beyond it is refused with 503."""
 
 
 class ModelApp:
@@ -80,7 +84,7 @@ class ModelApp:
         self._store, self._router, self._guard = store, router, guard
         self._telemetry, self._limits, self._access_log = telemetry, limits, access_log
         self._under_way = UnderWay(limits.body_timeout_s)
-        self._pictures = PictureDesk()
+        self._pictures = PictureDesk(limits.request_timeout_s, limits.max_queue_s)
         self._held_bytes = 0
         self._most_held_bytes = max(BODIES_AT_ONCE * limits.max_body_bytes, LEAST_HELD_BYTES)
         self._ticking: asyncio.Task[None] | None = None
@@ -146,6 +150,8 @@ class ModelApp:
         try:
             exchange.check_headers()
             self._admit(exchange, route)
+            if len(body) > self._limits.max_body_bytes:
+                raise self._too_large(len(body))
             chosen = self._store.find(route.model, route.version, exchange.sticky())
             chosen.batcher.check_room()
             question = route.decode(Request(exchange.method, exchange.path, exchange.headers, body), chosen)

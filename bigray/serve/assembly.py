@@ -11,10 +11,10 @@ from typing import Any
 
 import orjson
 
-from bigray.serve.explaining import ExplanationDesk
 from bigray.serve.asgi import Limits, ModelApp
 from bigray.serve.batching import QueueLimits
 from bigray.serve.config import BundleArgs, ModelEntry
+from bigray.serve.explaining import ExplanationDesk
 from bigray.serve.http import Answer
 from bigray.serve.loaded import LoadedModel, ModelSettings, load_model
 from bigray.serve.observe.access_log import AccessLog
@@ -73,7 +73,7 @@ def assemble(
     store = ModelStore(live, others, None if args.models_memory_mb is None else int(args.models_memory_mb * 2**20))
     guard = Guard(args.keys)
     numbers = _Numbers(telemetry, replica, reports)
-    limits = Limits(int(args.max_body_mb * 2**20), args.body_timeout_s)
+    limits = Limits(int(args.max_body_mb * 2**20), args.body_timeout_s, args.request_timeout_s, args.max_queue_s)
     explanations = ExplanationDesk(args.allow_factories, args.request_timeout_s)
     router = Router(store, limits.max_body_bytes, numbers.stats, numbers.metrics, explanations)
     log = AccessLog(args.access_log) if args.access_log is not None else None

@@ -7,7 +7,6 @@ that could not be begun within `max_queue_s` is refused at once, so that what is
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigray.inference import Predictions
-from bigray.serve.http import Refusal
+from bigray.serve.http import Refusal, try_again_in
 
 FloatArray = NDArray[np.float32]
 Run = Callable[[FloatArray], Predictions]
@@ -116,11 +115,10 @@ class Batcher:
         if self.has_room():
             return
         backlog_s = self._backlog_s()
-        retry_after_s = max(1, math.ceil(backlog_s))
         raise Refusal(
             503,
             f"overloaded: {len(self._queue)} requests wait, about {backlog_s:.1f} s of work; try again later",
-            ((b"retry-after", str(retry_after_s).encode()),),
+            try_again_in(backlog_s),
         )
 
     def has_room(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -49,22 +49,40 @@ def status_word(application: Mapping[str, Any]) -> str:
 
 
 def take_down(client: ServeControllerClient, name: str) -> None:
-    """Delete an application, and wait until it is gone or another one is deployed in its place.
+    """Delete an application with its channel, and wait until it is gone or another one is deployed in its place.
 
     Raises:
         TimeoutError: it is still on its way out.
     """
     with Turn():
         _ask_to_delete(client, name)
-    _wait_until_gone(client, name)
+    _see_off(client, name)
+
+
+def other_name(bundle: str) -> str:
+    """The same folder or URI, spelled otherwise: with a slash at its end, or without.
+
+    A channel goes by the spelling, and Serve replaces replicas where an application's arguments differ.
+    """
+    place, mark, options = bundle.partition("?") if "://" in bundle else (bundle, "", "")
+    return (place.rstrip("/") if place.endswith("/") else f"{place}/") + mark + options
 
 
 class Applied:
-    """Hands an application's config in; where the block fails, Ctrl-C included, it is what it was again, or gone."""
+    """Hands an application's config in; where that or the block fails, Ctrl-C included, it is what it was, or gone."""
 
-    def __init__(self, client: ServeControllerClient, document: JsonObject) -> None:
-        """`document` is a file of Serve's with one application."""
-        self._client, self._document = client, document
+    def __init__(
+        self,
+        client: ServeControllerClient,
+        document: JsonObject,
+        write: Callable[[Channel], object] = lambda channel: None,
+    ) -> None:
+        """`document` is a file of Serve's with one application.
+
+        `write` is called in this deployer's turn, right before the config is handed in: it looks at what is served by
+        then, and writes what the new replicas find in the channel. What it raises is raised, and nothing is changed.
+        """
+        self._client, self._document, self._write = client, document, write
         (self._application,) = document["applications"]
         self._name: str = self._application.get("name", "default")  # Serve's own default
         self._earlier: JsonObject | None = None
@@ -82,27 +100,45 @@ class Applied:
         return {name: config for name, config in configs.items() if config}
 
     def __enter__(self) -> Applied:
-        with Turn():
-            deployed = self.deployed(self._client)
-            self._earlier = deployed.get(self._name)
-            self._apply(self._application, deployed)
+        from ray.exceptions import ActorDiedError
+
+        is_begun = False
+        try:
+            with Turn():
+                deployed = self.deployed(self._client)
+                self._earlier = deployed.get(self._name)
+                self._write(self.channel)
+                is_begun = True
+                self._apply(self._application, deployed)
+        except ActorDiedError:
+            raise DeployError(f"application '{self._name}': Serve has been ended meanwhile; deploy again") from None
+        except BaseException:
+            if is_begun:  # Serve may have it already
+                self._take_back()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None and self._undo():
+        if kind is not None:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        if self._undo():
             with contextlib.suppress(TimeoutError):  # it goes all the same; why the block failed is the story to tell
-                _wait_until_gone(self._client, self._name)
-            self.channel.forget()
+                _see_off(self._client, self._name)
 
     def _undo(self) -> bool:
         """Put back what was there; whether that was nothing, and the application is on its way out."""
         with Turn():
             deployed = self.deployed(self._client)
             now = deployed.get(self._name)
-            if now is None or now["args"] != self._application["args"]:
-                return False  # somebody has deleted it meanwhile, or deployed another config under this name
+            if now is None:  # it was refused, or somebody has deleted it meanwhile
+                _forget(self._name)
+                return False
+            if now["args"] != self._application["args"]:
+                return False  # somebody has deployed another config under this name
             if self._earlier is None:
                 _ask_to_delete(self._client, self._name)
                 return True
@@ -124,8 +160,22 @@ class Applied:
 
 
 def _ask_to_delete(client: ServeControllerClient, name: str) -> None:
+    """Within a turn: whoever deploys another application of this name begins its channel in a later one."""
     client.delete_apps([name], blocking=False)
     client.get_serve_details()  # is answered after that: from here on everybody sees that it is on its way out
+    _forget(name)
+
+
+def _forget(name: str) -> None:
+    Registry(name, "").clear()  # whatever the application was started with
+
+
+def _see_off(client: ServeControllerClient, name: str) -> None:
+    """Wait until it is gone, and remove what its replicas have said until then; `TimeoutError` where it is not."""
+    _wait_until_gone(client, name)
+    with Turn():
+        if name not in client.get_serve_details()["applications"]:
+            _forget(name)
 
 
 def _wait_until_gone(client: ServeControllerClient, name: str) -> None:

@@ -2,8 +2,9 @@
 
 Where replicas are reached without Serve's proxy, Serve puts about as much work around each request as the request is
 itself: two tasks, a queue for its body, a span of metrics. bigray counts, limits, times out and cancels requests on its
-own, so HTTP goes past that; health checks, gRPC, draining and everything else stay Serve's. Measured on two cores with
-a small model and `wrk -t1 -c16`: see benchmarks/serve_throughput.py.
+own, so HTTP goes past that, and plain requests for a model past ASGI too (`fast_http`); health checks, gRPC, draining
+and everything else stay Serve's. Measured on two cores with a small model and `wrk -t1 -c16`: see
+benchmarks/serve_throughput.py.
 """
 
 from __future__ import annotations

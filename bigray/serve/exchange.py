@@ -91,5 +91,5 @@ class Exchange:
 
 def content_length(headers: Mapping[bytes, bytes]) -> int:
     """Bytes of the body as announced; 0 where they are not."""
-    text = headers.get(b"content-length", b"")
+    text = headers.get(b"content-length", b"").strip(b" \t")  # blanks behind a value are left to it by the parser
     return int(text) if text.isdigit() else 0

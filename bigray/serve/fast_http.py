@@ -65,13 +65,15 @@ def use_fast_http(config: uvicorn.Config, app: ModelApp, front: Front | None = N
 class QuickCall(Exchange):
     """A request on the short way; the server reads two of its fields as those of uvicorn's own cycle."""
 
-    __slots__ = ("asked", "keep_alive", "leads_to", "patience", "pieces", "response_complete")
+    __slots__ = ("asked", "gathered_bytes", "keep_alive", "leads_to", "patience", "pieces", "response_complete")
 
     def __init__(self, path: str, headers: list[tuple[bytes, bytes]], client: Any) -> None:
         super().__init__("POST", path, headers, client)
         self.response_complete, self.keep_alive = False, True
         self.leads_to: Route | None = None
         self.pieces: list[bytes] = []
+        self.gathered_bytes = 0
+        """Of the pieces."""
         self.patience: asyncio.TimerHandle | None = None
         """Runs while the rest of its body is awaited."""
         self.asked: asyncio.Future[Any] | None = None
@@ -79,6 +81,13 @@ class QuickCall(Exchange):
     def is_plain(self) -> bool:
         """Whether it says how long its body is, and nothing that takes more than an answer."""
         return b"content-length" in self.headers and NOT_PLAIN.isdisjoint(self.headers)
+
+    def give_up(self) -> None:
+        """Nobody is there to read an answer."""
+        if self.patience is not None:
+            self.patience.cancel()
+        if self.asked is not None:
+            self.asked.cancel()
 
 
 class FastHttp(BoundedHttp):
@@ -98,15 +107,16 @@ class FastHttp(BoundedHttp):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        cycle: Any = self.cycle
-        if self._is_in_body and type(cycle) is QuickCall:
-            self._await_body(cycle)
+        call = self._call_to_come()
+        if self._is_in_body and call is not None:
+            self._await_body(call)
 
     def on_message_begin(self) -> None:
         self._unset_keepalive_if_required()  # it is set where an answer was written before all that has come was read
         self.url, self.headers, self.expect_100_continue = b"", [], False
 
     def on_headers_complete(self) -> None:
+        self.refuse_upgrade()
         call = self._quick_call()
         if call is None:
             self._take_asgi_way()
@@ -115,23 +125,24 @@ class FastHttp(BoundedHttp):
         self.cycle = self._call = call  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
-        cycle: Any = self.cycle
-        if type(cycle) is not QuickCall:
+        call = self._call_to_come()
+        if call is None:
             super().on_body(body)
             return
         self._got_on = True
-        cycle.pieces.append(body)
+        call.pieces.append(body)
+        call.gathered_bytes += len(body)
 
     def on_message_complete(self) -> None:
-        cycle: Any = self.cycle
-        if type(cycle) is not QuickCall:
+        call = self._call_to_come()
+        if call is None:
             super().on_message_complete()
-        elif cycle.patience is not None and self._model_app.quick_route(cycle) is None:
-            self._hand_over(cycle)  # its model was let go meanwhile
+        elif call.patience is not None and self._model_app.quick_route(call) is None:
+            self._hand_over(call)  # its model was let go meanwhile
             super().on_message_complete()
         else:
             self._got_on, self._is_in_body = True, False
-            self._begin(cycle)
+            self._begin(call)
 
     def connection_lost(self, exc: Exception | None) -> None:
         call, self._call = self._call, None
@@ -139,11 +150,16 @@ class FastHttp(BoundedHttp):
             self.cycle = None  # type: ignore[assignment]
         super().connection_lost(exc)
         if call is not None:
-            _forget(call)
+            call.give_up()
         if self._rest is not None:
             self._rest.cancel()
 
     # the short way
+
+    def _call_to_come(self) -> QuickCall | None:
+        """The request the parser is at, if it goes the short way; one that was answered stays in `cycle`."""
+        cycle: Any = self.cycle
+        return self._call if cycle is self._call else None
 
     def _quick_call(self) -> QuickCall | None:
         """The request whose head has come, where it can go the short way."""
@@ -164,15 +180,17 @@ class FastHttp(BoundedHttp):
         return call if call.leads_to is not None else None
 
     def _begin(self, call: QuickCall) -> None:
-        _forget(call)
+        if call.patience is not None:
+            call.patience.cancel()
         assert call.leads_to is not None, "else it would not go this way"
         self._front.count(1)
         body = b"".join(call.pieces)
-        call.pieces = []  # an idle connection keeps the last call
+        call.pieces = []
         call.asked = self._model_app.answer_soon(call, call.leads_to, body, partial(self._reply, call))
 
     def _reply(self, call: QuickCall, answer: Answer, headers: Headers) -> None:
         self._front.count(-1)
+        call.answered = None  # an idle connection keeps its last call, which is not to keep a model in memory
         if self._call is not call:
             return  # the connection is gone
         self._call = None
@@ -230,16 +248,15 @@ class FastHttp(BoundedHttp):
     # from the short way to the other
 
     def _await_body(self, call: QuickCall) -> None:
-        if content_length(call.headers) > HIGH_WATER_LIMIT:
+        if max(content_length(call.headers), call.gathered_bytes) > HIGH_WATER_LIMIT:
             self._hand_over(call)
         elif call.patience is None:
             call.patience = self.loop.call_later(PATIENCE_S, self._hand_over, call)
 
     def _hand_over(self, call: QuickCall) -> None:
         """Let the ASGI way go on with a request, from as much as has come of its body."""
-        if self._call is not call or self.transport.is_closing():
-            return
-        _forget(call)
+        if call.patience is not None:
+            call.patience.cancel()
         self._call = self.cycle = None  # type: ignore[assignment]
         self._take_asgi_way()
         cycle = self.cycle
@@ -253,10 +270,3 @@ class FastHttp(BoundedHttp):
         self.url, self.expect_100_continue = url, expects
         self.headers += headers  # the list that is in the scope
         super().on_headers_complete()
-
-
-def _forget(call: QuickCall) -> None:
-    if call.patience is not None:
-        call.patience.cancel()
-    if call.asked is not None:
-        call.asked.cancel()

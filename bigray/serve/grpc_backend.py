@@ -89,7 +89,9 @@ class AskedModel:
         try:
             self._model.batcher.check_room()
         except Refusal:
-            self._telemetry.shed(self._model.name)
+            self._telemetry.shed(self.name)
+            # it was offered too: scaling goes by the share of the requests that are shed
+            self._telemetry.record(self.name, self.version, "grpc", OVERLOADED, 0.0, 0, 0)
             raise
 
     async def submit(self, rows: FloatArray) -> Predictions:

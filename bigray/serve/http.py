@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NamedTuple
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
 JSON = b"application/json"
-TRY_AGAIN: Headers = ((b"retry-after", b"1"),)
+
+
+def try_again_in(seconds: float) -> Headers:
+    """What a refusal that will pass says: whole seconds, at least one."""
+    return ((b"retry-after", str(max(1, math.ceil(seconds))).encode()),)
+
+
+TRY_AGAIN = try_again_in(1)
 
 
 class Refusal(Exception):

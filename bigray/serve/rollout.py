@@ -10,6 +10,7 @@ The replicas do the work (`steward.py`); here the channel's state is moved from 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -41,6 +42,8 @@ POLL_S = 0.1
 BEAT_S = 1.0
 TAKE_BACK_S = 3.0
 """How long is waited for the replicas to let a candidate go; they do it by themselves, sooner or later."""
+STOOD_STILL_S = 3.0
+"""A look at the state that took longer: this process may have stood still, and the other deployer with it."""
 
 Replicas = Callable[[], frozenset[str]]
 """Ids of the replicas that Serve has running now."""
@@ -111,7 +114,8 @@ class Channel:
         Raises:
             DeployError: another deployer's rollout is under way.
         """
-        deadline = time.monotonic() + STALE_S
+        looked_at = time.monotonic()
+        deadline = looked_at + STALE_S
         state = self._known_state()
         silent = state.rollout
         why = f"its deployer was not heard for {STALE_S:g} s; taken over by the deployment of {release.version}"
@@ -119,7 +123,11 @@ class Channel:
             if state.rollout != silent:
                 return propose(state, Rollout(kind="load", release=release))  # which is refused, with the reason
             watch(Progress("loading", 0, len(self._replicas())))
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - looked_at > STOOD_STILL_S:
+                deadline = now + STALE_S
+            looked_at = now
+            if now > deadline:
                 state = update(self._registry, lambda state: take_over(state, silent, utc_now(), why))
             else:
                 time.sleep(POLL_S)
@@ -137,7 +145,7 @@ class Channel:
         Raises:
             DeployError: a replica could not load it, or what was seen of it was not good enough.
         """
-        rollout = Rollout(kind=mode.kind, release=release, share=mode.share)
+        rollout = Rollout(kind=mode.kind, release=release, share=mode.share, id=uuid.uuid4().hex)
         proposed = update(self._registry, lambda state: propose(state, rollout))
         try:
             self._wait_until_ready(proposed, rollout, timeout_s, watch)

@@ -186,7 +186,13 @@ class Router:
     async def _card(self, request: Request) -> Answer:
         view = self._store.view
         live = view.live
-        return _json(model_card(live.manifest, live.version, {"name": live.name, "backend": live.backend, "explains": self._explains(live)}))
+        return _json(
+            model_card(
+                live.manifest,
+                live.version,
+                {"name": live.name, "backend": live.backend, "explains": self._explains(live)},
+            )
+        )
 
     async def _openapi(self, request: Request) -> Answer:
         live = self._store.view.live

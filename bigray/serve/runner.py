@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigray.bundle import ModelBundle
 from bigray.errors import ClusterError, DeployError
 from bigray.inference import check_factory
-from bigray.serve.channels import Applied, channel_of, running_replicas, status_word, take_down
+from bigray.serve.channels import Applied, channel_of, other_name, running_replicas, status_word, take_down
 from bigray.serve.client import Client, fetch_json
 from bigray.serve.config import ServeSpec
 from bigray.serve.failures import first_error_line
@@ -21,6 +21,7 @@ from bigray.serve.protect.exposure import check_exposure, check_grpc_exposure
 from bigray.serve.release.gate import GateReport, GateSettings, run_gate
 from bigray.serve.release.record import ChannelState, Release, ReplicaReport, in_no_replica
 from bigray.serve.rollout import Channel, Mode, Watch
+from bigray.serve.turn import Turn
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
@@ -211,15 +212,17 @@ def delete(name: str) -> None:
     names = _application_names()
     if client is None or name not in names:
         raise _unknown(name, names)
-    channel = channel_of(client, name)
+    from ray.exceptions import ActorDiedError
+
     try:
         take_down(client, name)
+        with Turn():  # somebody else may have deployed another one meanwhile
+            if not _application_names():
+                shutdown()
+    except ActorDiedError:
+        return  # somebody else has deleted the last one, and ended Serve
     except TimeoutError:
         raise DeployError(f"application '{name}': still on its way out after a minute; see `bigray status`") from None
-    if channel is not None:
-        channel.forget()
-    if names == [name]:
-        shutdown()
 
 
 def absolute_location(bundle: str) -> str:
@@ -257,10 +260,13 @@ class _Change:
 
     def begin(self) -> str:
         """The first version of an application."""
-        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle).to_native())
-        applied.channel.begin(self.release, self.why)  # before its replicas look for it
+
+        def write(channel: Channel) -> None:
+            _check_unchanged(self.spec.application.name, None)
+            channel.begin(self.release, self.why)
+
         started = time.monotonic()
-        with applied:
+        with self._applied(self.release.bundle, write):
             self._wait_until_up(self.release.version)
         scaling = self.spec.deployment.autoscaling_config
         if scaling is None or scaling.min_replicas > 0:
@@ -270,7 +276,7 @@ class _Change:
     def replace(self, state: ChannelState, mode: Mode, watch: Watch) -> str:
         """Another version, where one is live."""
         if state.live.version == self.release.version:
-            self._apply_options()
+            self._apply_options(state)
             return "this version was live already; the file's settings are applied"
         if mode.kind != "load" and "schema" in self.gate.forced:
             raise DeployError(
@@ -283,11 +289,13 @@ class _Change:
                     f"does not hold them; deploy it without, or say `swap: in_place` in the file's args"
                 )
             return self._surge(self._clear_the_way(state, watch))
-        self._clear_the_way(state, watch)
-        self._apply_options()
+        self._apply_options(self._clear_the_way(state, watch))
         return self._channel().bring_in(
             self.release, mode, why=self.why, is_forced=bool(self.gate.forced), timeout_s=self.timeout_s, watch=watch
         )
+
+    def _applied(self, base: str, write: Callable[[Channel], object]) -> Applied:
+        return Applied(self.client, self.spec.with_bundle(base).to_native(), write)
 
     def _channel(self) -> Channel:
         channel = channel_of(self.client, self.spec.application.name)
@@ -305,14 +313,26 @@ class _Change:
         _check_live(self.spec.application.name, now, state)
         return now
 
-    def _apply_options(self) -> None:
-        """What the file says beside the bundle, where it has changed; Serve replaces the replicas if it has to."""
+    def _still(self, state: ChannelState) -> ChannelState:
+        """The state by now; raises `DeployError` where another version is live in it, or none."""
+        now = _state_of(self.spec.application.name)
+        if now is None:
+            raise self._deleted()
+        _check_live(self.spec.application.name, now, state)
+        return now
+
+    def _base(self) -> str:
+        """The bundle that Serve was given, which the running replicas' channel goes by."""
         deployed = Applied.deployed(self.client).get(self.spec.application.name)
         if deployed is None:
             raise self._deleted()
-        with Applied(self.client, self.spec.with_bundle(deployed["args"]["bundle"]).to_native()):
-            state = _state_of(self.spec.application.name)
-            self._wait_until_up(state.live.version if state else self.release.version)
+        base: str = deployed["args"]["bundle"]
+        return base
+
+    def _apply_options(self, state: ChannelState) -> None:
+        """What the file says beside the bundle, where it has changed; Serve replaces the replicas if it has to."""
+        with self._applied(self._base(), lambda channel: self._still(state)):
+            self._wait_until_up(state.live.version)
 
     def _needs_surge(self, state: ChannelState) -> bool:
         swap = self.spec.application.args.swap
@@ -322,9 +342,11 @@ class _Change:
 
     def _surge(self, state: ChannelState) -> str:
         """Replicas of the new version beside those of the old one; Serve ends the old ones once the new ones answer."""
-        applied = Applied(self.client, self.spec.with_bundle(self.release.bundle).to_native())
-        applied.channel.succeed(state, self.release, self.why, is_forced=bool(self.gate.forced))
-        with applied:
+
+        def write(channel: Channel) -> None:
+            channel.succeed(self._still(state), self.release, self.why, is_forced=bool(self.gate.forced))
+
+        with self._applied(_new_base(self.release.bundle, self._base()), write):
             self._wait_until_up(self.release.version)
         return f"{self.why}; in replicas of its own, since memory does not hold both versions"
 
@@ -341,16 +363,32 @@ def _bring_back(name: str, state: ChannelState, gone: Release, why: str, timeout
     found = ModelBundle.load(gone.bundle).version
     if found != gone.version:
         raise DeployError(f"version {gone.version}: {gone.bundle} holds version {found} now; deploy another bundle")
-    application = config | {"args": config["args"] | {"bundle": gone.bundle}}
+    base = _new_base(gone.bundle, config["args"]["bundle"])
+    application = config | {"args": config["args"] | {"bundle": base}}
     capacity = {"target_capacity": client.get_serve_details().get("target_capacity")}
-    applied = Applied(client, {"applications": [application], **capacity})
-    applied.channel.return_to_replaced(state, why)
-    with applied:
+
+    def write(channel: Channel) -> None:
+        now = _state_of(name)
+        if now is None or now.live != state.live:
+            raise DeployError(
+                f"application '{name}': it was deployed or deleted meanwhile; see `bigray versions {name}`"
+            )
+        channel.return_to_replaced(now, why)
+
+    with Applied(client, {"applications": [application], **capacity}, write) as applied:
         url = root_url(client) + (config.get("route_prefix") or "/").rstrip("/")
         _wait_until_up(client, name, url, gone.version, timeout_s)
     after = applied.channel.state()
     assert after is not None, "it has just been written"
     return after
+
+
+def _new_base(bundle: str, running: str) -> str:
+    """What replicas of their own are started with: never what those beside them were, whose channel they would share.
+
+    A version may come from there all the same: it was the first, and is brought back; or its folder was written anew.
+    """
+    return other_name(bundle) if bundle == running else bundle
 
 
 def fits_in_place(live: str, candidate: str, spec: ServeSpec) -> bool:

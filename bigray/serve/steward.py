@@ -25,6 +25,7 @@ from bigray.serve.release.record import (
     ReplicaReport,
     Rollout,
     initial,
+    is_same,
     what_to_hold,
 )
 from bigray.serve.release.registry import Registry
@@ -209,7 +210,7 @@ class Steward:
         held = {version: model for version, model in view.held.items() if version in wanted}
         for version in set(self._failed) - wanted:
             del self._failed[version]  # asked for again, it is tried again
-        rollout, beside = self._beside(state.rollout if is_fresh else None, live, held, view.side_by_side)
+        rollout, beside = self._beside(state.rollout if is_fresh else None, live, held, view)
         shown = View(live, held, rollout, beside)
         if (shown.live, dict(shown.held), shown.rollout, shown.side_by_side) != (
             view.live,
@@ -221,7 +222,7 @@ class Steward:
             self._tell_versions(state, shown)
 
     def _beside(
-        self, rollout: Rollout | None, live: LoadedModel, held: Mapping[str, LoadedModel], before: SideBySide | None
+        self, rollout: Rollout | None, live: LoadedModel, held: Mapping[str, LoadedModel], view: View
     ) -> tuple[Rollout | None, SideBySide | None]:
         """The pair that a canary or shadow compares; the same one as before while it is the same rollout."""
         if rollout is None or rollout.kind == "load":
@@ -229,6 +230,7 @@ class Steward:
         candidate = held.get(rollout.release.version)
         if candidate is None or candidate is live:
             return None, None
+        before = view.side_by_side if is_same(view.rollout, rollout) else None
         if before is not None and before.live is live and before.candidate is candidate:
             return rollout, before
         return rollout, SideBySide(rollout.kind, live, candidate)
@@ -261,7 +263,7 @@ class _Heartbeat:
     """Whether a rollout's watcher is alive: it counts `beat` up. Compares with this machine's own clock only."""
 
     def __init__(self) -> None:
-        self._last: tuple[str, int] | None = None
+        self._last: tuple[str, str, int] | None = None
         self._heard_at = 0.0
         self._is_first_look = True
 
@@ -270,7 +272,7 @@ class _Heartbeat:
         if rollout is None:
             self._last = None
             return True
-        beat = (rollout.release.version, rollout.beat)
+        beat = (rollout.id, rollout.release.version, rollout.beat)
         if beat != self._last:
             # what a replica finds when it starts may be there for long: it waits for the next beat, a second
             self._last, self._heard_at = beat, now - STALE_S if is_first_look else now

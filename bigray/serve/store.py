@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bigray.errors import last_line
 from bigray.inference import Predictions
 from bigray.serve.compare import SideBySide
-from bigray.serve.http import Refusal
+from bigray.serve.http import TRY_AGAIN, Refusal, try_again_in
 from bigray.serve.loaded import LoadedModel
 from bigray.serve.release.record import Rollout, routes_to_candidate
 
@@ -145,7 +145,7 @@ class ModelStore:
             raise _unknown(name)
         model = self._shelf.peek(name)
         if model is None:
-            raise Refusal(503, f"model '{name}': not loaded yet; try again", ((b"retry-after", b"1"),))
+            raise Refusal(503, f"model '{name}': not loaded yet; try again", TRY_AGAIN)
         if version and version != model.version:
             raise Refusal(404, f"model '{name}': version '{version[:40]}' is not served")
         return model
@@ -192,7 +192,7 @@ class Shelf:
         except Exception as error:  # whatever a user's factory raises
             _logger.warning("bigray: model '%s' could not be loaded: %s", name, last_line(error))
             message = f"model '{name}': cannot be loaded; the replica's log has the reason"
-            raise Refusal(503, message, ((b"retry-after", b"10"),)) from None
+            raise Refusal(503, message, try_again_in(10)) from None
         with self._lock:
             self._loaded[name] = model
             gone = [self._loaded.pop(each) for each in self._over_budget(keep=name)]

@@ -15,6 +15,7 @@ from bigray.storage import (
     Content,
     Storage,
     Written,
+    _without_secrets,
     commit_folder,
     open_storage,
     read_folder,
@@ -389,6 +390,41 @@ def test_a_secret_in_a_uri_is_refused_and_not_shown(uri: str) -> None:
         open_storage(uri)
     assert "cret" not in str(caught.value).replace("secret;", "")
     assert "AKEY" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://AKEY:cret/hidden@bucket/x", "s3://***@bucket/x"),
+        ("s3://AKEY:cret@hidden@bucket/x", "s3://***@bucket/x"),
+        ("abfs://AKEY:hidden/+==@cont", "abfs://***@cont"),
+        ("hdfs://AKEY:hidden@host:8020/x", "hdfs://***@host:8020/x"),
+        (
+            "s3://bucket/x?region=a&secret_key=hidden/+==&scheme=http",
+            "s3://bucket/x?region=a&secret_key=***&scheme=http",
+        ),
+        ("s3://bucket/x?Access_Key=AKEY", "s3://bucket/x?Access_Key=***"),
+        ("s3://AKEY:hid/den@bucket?secret_key=hidden", "s3://***@bucket?secret_key=***"),
+    ],
+)
+def test_no_part_of_a_secret_is_shown(uri: str, shown: str) -> None:
+    with pytest.raises(StorageError) as caught:
+        open_storage(uri)
+    assert str(caught.value).startswith(f"{shown}: a URI may hold no key and secret")
+    assert not any(part in str(caught.value) for part in ("AKEY", "hid", "den", "cret@", "cret/"))
+
+
+def test_what_may_be_a_secret_is_not_shown_where_a_uri_cannot_be_read() -> None:
+    with pytest.raises(StorageError, match=r"^nowhere://\*\*\*@bucket/x: cannot open storage: ") as caught:
+        open_storage("nowhere://AKEY/1:hid/den@bucket/x")
+    assert not any(part in str(caught.value) for part in ("AKEY", "hid", "den"))
+
+
+def test_a_port_is_no_secret() -> None:
+    with pytest.raises(StorageError, match=r"^nowhere://host:8020/user/x: cannot open storage"):
+        open_storage("nowhere://host:8020/user/x")
+    assert _without_secrets("hdfs://host:8020/user@home") == "hdfs://host:8020/user@home"
+    assert _without_secrets("s3://bucket/a:b@c?region=eu") == "s3://bucket/a:b@c?region=eu"
 
 
 def test_an_unknown_scheme_is_refused() -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from bigray.errors import last_line
-from bigray.serve.http import Refusal
+from bigray.serve.http import Refusal, try_again_in
 from bigray.serve.protect.keys import Key, KeyRing, open_key_file, read_ring
 from bigray.serve.protect.limits import RateLimits
 
@@ -104,4 +104,4 @@ def presented_secret(headers: Mapping[bytes, bytes]) -> str:
 def _too_often(key: Key, wait_s: float) -> Refusal:
     seconds = max(1, math.ceil(wait_s))
     message = f"too many requests with this key, which may send {key.rate_per_s:g} a second; retry in {seconds} s"
-    return Refusal(429, message, ((b"retry-after", str(seconds).encode()),))
+    return Refusal(429, message, try_again_in(seconds))

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import uvicorn
 
 from bigray.errors import BigrayError
+from bigray.serve.asgi import ModelApp
+from bigray.serve.fast_http import use_fast_http
 from bigray.serve.standalone import standalone_app
 
 Kind = Literal["refused", "memory", "exit", "failed"]
@@ -70,11 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(app: Any, report: int) -> None:
+async def _serve(app: ModelApp, report: int) -> None:
     listener = socket.create_server(("127.0.0.1", 0))  # it listens from here on: who connects now only waits
     # inherited by its connections: else a small answer waits 40 ms for the other side's acknowledgement of its headers
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
+    use_fast_http(config, app)  # as in a replica, whose latency the gate is to know
     _write_line(report, {"port": listener.getsockname()[1]})
     await uvicorn.Server(config).serve(sockets=[listener])
 

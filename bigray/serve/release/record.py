@@ -74,6 +74,9 @@ class Rollout(_Document):
     """Of the sticky keys, for a canary; of the requests that are copied, for a shadow."""
     beat: Count = 0
     """Counted up by the driver while it watches: a rollout that nobody watches any more can be told by it."""
+    id: str = ""
+    """Drawn by its deployer: one that was ended must not be taken for another of the same version. Older ones have
+    none."""
 
     @model_validator(mode="after")
     def _a_canary_has_a_share(self) -> Rollout:

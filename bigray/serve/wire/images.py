@@ -21,6 +21,8 @@ FloatArray = NDArray[np.float32]
 
 MAX_PIXELS, TIMES_THE_INPUT = 16_000_000, 4
 """Of what is decoded: at four to sixteen bytes each, or more where the model's own input is as large."""
+MAX_ALPHA_PIXELS = 4_000_000
+"""Of a picture with transparency: to lay it on white takes several copies of it, and seconds."""
 MAX_REDUCED_PIXELS = 50_000_000
 """Of a JPEG, as large as a camera makes it, that is decoded at a part of its size. A progressive one is held whole."""
 BRIGHTEST = 255.0
@@ -124,13 +126,14 @@ def _num_pixels(data: bytes, size: tuple[int, ...]) -> int:
     """
     from PIL import Image
 
-    limit = max(MAX_PIXELS, TIMES_THE_INPUT * size[0] * size[1])
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise _too_large(MAX_PIXELS) from None
     except Exception:  # as in decode
         return 0
+    most = MAX_ALPHA_PIXELS if image.has_transparency_data else MAX_PIXELS
+    limit = max(most, TIMES_THE_INPUT * size[0] * size[1])
     is_reduced = data.startswith(JPEG) and "progressive" not in image.info
     _check_size(image.size, max(limit, MAX_REDUCED_PIXELS) if is_reduced else limit)
     # what the decoder asks of a JPEG: an eighth, a quarter or half of its size where that is still more than enough

@@ -237,7 +237,7 @@ def _decode(tensor: InputTensor, sample_shape: tuple[int, ...]) -> Any:
 
 
 def _checked_shape(name: str, shape: Any, sample_shape: tuple[int, ...]) -> list[int]:
-    # a loop of its own would cost more than all the rest: `True`, which equals 1, is the only other thing to look for
+    # by type, since `True` equals 1
     is_list = isinstance(shape, list) and set(map(type, shape)) == {int}
     if not is_list or tuple(shape[1:]) != sample_shape or shape[0] < 1:
         expected = f"[{', '.join(('rows', *map(str, sample_shape)))}]"

@@ -34,6 +34,30 @@ class FakeClient:
         return {name: document["args"]["bundle"] for name, document in self.applications.items()}
 
 
+class LingeringClient(FakeClient):
+    """Deleted applications are on their way out until `let_go`, or until others are deployed in their place."""
+
+    def __init__(self, **bundles: str) -> None:
+        super().__init__(**bundles)
+        self.leaving: dict[str, dict[str, Any]] = {}
+
+    def get_serve_details(self) -> dict[str, Any]:
+        details = super().get_serve_details()
+        gone = {name: {"name": name, "status": "DELETING", "deployments": {}} for name in dict(self.leaving)}
+        return {"applications": gone | details["applications"]}
+
+    def deploy_apps(self, schema: Any) -> None:
+        super().deploy_apps(schema)
+        for name in self.applications:
+            self.leaving.pop(name, None)
+
+    def delete_apps(self, names: list[str], blocking: bool = True) -> None:
+        self.leaving |= {name: self.applications.pop(name) for name in names}
+
+    def let_go(self, name: str) -> None:
+        del self.leaving[name]
+
+
 def config(prefix: str, bundle: str) -> dict[str, Any]:
     return {"route_prefix": prefix, "import_path": "bigray.serve.app:build", "args": {"bundle": bundle}}
 

@@ -409,6 +409,13 @@ def test_no_more_pictures_wait_than_can_be_decoded_in_time(app, monkeypatch):
     assert refused.headers["retry-after"] == "1"
 
 
+def test_a_picture_is_waited_for_as_long_as_any_request(make_model, monkeypatch):
+    app = make_app(ModelStore(make_model()), limits=Limits(LIMIT, request_timeout_s=0.02))
+    with slow_pictures(monkeypatch):
+        answer = call(app, "POST", "/predict", b"x", [("content-type", "image/png")])
+    assert (answer.status, answer.document["error"]) == (504, "no answer within 0.02 s")
+
+
 def test_a_picture_that_is_none_is_refused_from_its_thread_too(app):
     answer = call(app, "POST", "/predict", b"x", [("content-type", "image/png")])
     assert (answer.status, answer.document["error"]) == (400, "body: not a PNG or JPEG that can be read")

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from bigray.errors import DeployError
-from bigray.serve.channels import Applied, channel_of, running_replicas, take_down
+from bigray.serve.channels import Applied, channel_of, other_name, running_replicas, take_down
 from bigray.serve.config import ServeSpec
 from bigray.serve.release.record import Release
 from bigray.serve.release.registry import MemoryKeyValue, Registry
+from bigray.serve.rollout import Channel
 from tests.unit.serve.fakes import FakeClient
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -58,6 +59,46 @@ def test_a_failed_replacement_leaves_the_channel_of_what_served(spec: ServeSpec)
     with pytest.raises(DeployError, match="no luck"), applied:
         raise DeployError("no luck")
     assert channel_of(client, "model").state() == before
+
+
+class InterruptedClient(FakeClient):
+    """Serve has the config already when Ctrl-C comes."""
+
+    def deploy_apps(self, schema: Any) -> None:
+        super().deploy_apps(schema)
+        if "new" in self.bundles.values():
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("earlier", [{}, {"model": "earlier"}], ids=["first", "replacement"])
+def test_ctrl_c_while_a_config_is_handed_in_is_undone(spec: ServeSpec, earlier: dict[str, str]):
+    client = InterruptedClient(other="another", **earlier)
+    applied = Applied(client, spec.to_native(), lambda channel: channel.begin(NEW, "first"))
+    with pytest.raises(KeyboardInterrupt), applied:
+        pytest.fail("it has not been handed in")
+    assert client.bundles == {"other": "another"} | earlier
+    assert (applied.channel.state() is None) == (not earlier)
+
+
+def test_what_is_refused_before_a_config_is_handed_in_changes_nothing(spec: ServeSpec):
+    client = FakeClient(model="earlier")
+    before = client.applications
+
+    def refuse(channel: Channel) -> None:
+        raise DeployError("somebody was faster")
+
+    with pytest.raises(DeployError, match="faster"), Applied(client, spec.to_native(), refuse):
+        pytest.fail("it has not been handed in")
+    assert client.applications is before
+
+
+def test_a_first_deployment_that_ray_refuses_leaves_no_channel(spec: ServeSpec):
+    wrong = {"name": "model", "import_path": 5, "args": {"bundle": "new"}}
+    document = spec.to_native() | {"applications": [wrong]}
+    applied = Applied(FakeClient(), document, lambda channel: channel.begin(NEW, "first"))
+    with pytest.raises(DeployError, match="Ray refuses"):
+        applied.__enter__()
+    assert applied.channel.state() is None
 
 
 def test_a_deployment_that_works_stays(spec: ServeSpec):
@@ -160,6 +201,15 @@ def test_an_applications_channel_is_that_of_the_bundle_it_was_started_with(store
     Registry("model", "earlier", store).write(_initial("earlier"))
     assert channel_of(client, "model").state().live.bundle == "earlier"
     assert channel_of(client, "elsewhere") is None
+
+
+@pytest.mark.parametrize(
+    ("bundle", "expected"),
+    [("/runs/a", "/runs/a/"), ("/runs/a?", "/runs/a?/"), ("s3://b/a?region=eu-west-1", "s3://b/a/?region=eu-west-1")],
+)
+def test_a_place_can_be_spelled_otherwise_and_back(bundle: str, expected: str):
+    assert other_name(bundle) == expected
+    assert other_name(expected) == bundle
 
 
 def test_an_application_of_others_has_no_channel():

@@ -206,6 +206,8 @@ def test_an_answer_is_the_same_on_either_way(model, start, body, headers, status
         (request(start="POST /predict?x=1"), 200),
         (request(start="POST /predic%74"), 200),
         (request(start="POST http://x/predict"), 200),
+        (request(INFER, start="POST /v2/models/animals/versions/%61aaaaaaaaaaa/infer"), 200),
+        (request(INFER, start="POST /v2/models/animals/versions/aaaaaaaaaaaa?x=/infer"), 405),
         (request(b"x" * (LIMIT + 1)), 413),
         (request(b"x", "content-type: image/png"), 400),
         (request(b"", "connection: upgrade", "upgrade: h2c"), 400),
@@ -322,6 +324,21 @@ def test_a_slow_or_large_body_is_left_to_the_application(model, body, monkeypatc
             return [answer.status for answer in answers], endpoint.front.num_short, endpoint.front.num_open
 
     assert run(story()) == ([200, 200], 1, 0)
+
+
+def test_an_answer_waits_for_a_caller_that_does_not_read(model):
+    async def story():
+        async with serving(model) as endpoint:
+            client = await endpoint.connect()
+            await client.ask(request())
+            (connection,) = endpoint.state.connections
+            connection.pause_writing()
+            await client.send(request())
+            await until(lambda: endpoint.telemetry.snapshot()["total"]["requests"] == 2)
+            connection.resume_writing()
+            return (await client.answer()).status, endpoint.front.num_short
+
+    assert run(story()) == (200, 1)
 
 
 def test_who_expects_it_is_told_to_continue(model):
@@ -539,3 +556,102 @@ def test_what_does_not_become_a_request_is_bounded_as_on_any_connection(model):
             return refused.status, await large.is_at_end(), (await slow.answer()).status, await slow.is_at_end()
 
     assert run(story()) == (431, True, 408, True)
+
+
+@pytest.mark.parametrize("protocol", ["x", "websocket"])
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_a_request_for_another_protocol_ends_the_connection_and_repeats_no_answer(model, protocol, is_at_once):
+    inner = request(GOOD, "x-request-id: smuggled")
+    outer = request(inner, "connection: upgrade", f"upgrade: {protocol}")
+
+    async def story():
+        async with serving(model) as endpoint:
+            client = await endpoint.connect()
+            await client.ask(request())
+            refused = await client.ask(outer if is_at_once else outer.removesuffix(inner))
+            if not is_at_once:
+                client.writer.write(inner)
+            return refused.status, await client.reader.read(), endpoint.front, endpoint.telemetry.snapshot()
+
+    status, rest, front, counted = run(story())
+    assert (status, rest, front.num_short, front.num_open) == (400, b"", 1, 0)
+    assert counted["total"]["requests"] == 1
+
+
+@pytest.mark.parametrize(("size", "status", "num_short"), [(len(GOOD), 200, 1), (LIMIT + 1, 413, 0)])
+@pytest.mark.parametrize("blanks", [" ", "\t", " \t "])
+def test_blanks_behind_the_length_of_a_body_do_not_hide_it(model, size, status, num_short, blanks):
+    body = GOOD + b" " * (size - len(GOOD))
+
+    async def story():
+        async with serving(model) as endpoint:
+            client = await endpoint.connect()
+            answer = await client.ask(request(body, f"content-length: {size}{blanks}", length=False))
+            return answer.status, endpoint.front.num_short
+
+    assert run(story()) == (status, num_short)
+
+
+def test_a_body_over_the_limit_is_refused_however_it_came_here(model):
+    async def story():
+        async with serving(model) as endpoint:
+            call = fast_http.QuickCall("/predict", [(b"content-length", b"1")], None)
+            route, answers = endpoint.app.quick_route(call), []
+            asked = endpoint.app.answer_soon(call, route, b" " * (LIMIT + 1), lambda answer, _: answers.append(answer))
+            return asked, [answer.status for answer in answers], endpoint.telemetry.snapshot()
+
+    asked, statuses, counted = run(story())
+    assert (asked, statuses, counted["refused"], counted["load"]["ongoing"]) == (None, [413], {"413": 1}, 0)
+
+
+def test_what_is_gathered_of_a_body_is_bounded_by_itself(model, monkeypatch):
+    monkeypatch.setattr(fast_http, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(fast_http, "content_length", lambda headers: 0)  # as if it could not be read
+
+    async def story():
+        async with serving(model) as endpoint:
+            client, data = await endpoint.connect(), request(LARGE)
+            await client.send(data[:-1])
+            await until(lambda: endpoint.telemetry.snapshot()["load"]["ongoing"] == 1)
+            return (await client.ask(data[-1:])).status, endpoint.front.num_short
+
+    assert run(story()) == (200, 0)
+
+
+def test_a_connection_that_rests_keeps_no_model_in_memory(model):
+    async def story():
+        async with serving(model) as endpoint:
+            client = await endpoint.connect()
+            await client.ask(request())
+            (connection,) = endpoint.state.connections
+            return connection.cycle.answered
+
+    assert run(story()) is None
+
+
+@pytest.mark.parametrize("is_closing", [True, False])
+def test_a_client_that_does_not_read_its_answer_is_let_go_and_a_slow_one_is_not(model, is_closing):
+    answer = b"x" * (32 * 2**20)
+
+    async def story():
+        async with serving(model) as endpoint:
+            deaf, slow = await endpoint.connect(), await endpoint.connect()
+            for client in (deaf, slow):
+                await client.ask(request())
+            connections = {one.client[1]: one for one in endpoint.state.connections}
+            of_deaf, of_slow = (connections[one.writer.get_extra_info("sockname")[1]] for one in (deaf, slow))
+            for connection in (of_deaf, of_slow):
+                connection.transport.write(answer)
+                if is_closing:
+                    connection.transport.close()
+                connection.look_after(0.0)
+                connection.look_after(heads.UNREAD_TIMEOUT_S)
+            unread = of_slow.transport.get_write_buffer_size()
+            while of_slow.transport.get_write_buffer_size() == unread:
+                await slow.reader.read(2**20)
+            for connection in (of_deaf, of_slow):
+                connection.look_after(heads.UNREAD_TIMEOUT_S + 1)
+            await until(lambda: of_deaf not in endpoint.state.connections)
+            return of_slow in endpoint.state.connections
+
+    assert run(story())

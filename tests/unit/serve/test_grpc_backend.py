@@ -157,3 +157,17 @@ def test_a_model_that_cannot_be_loaded_disturbs_no_other(release, tmp_path):
         return refused.value.status, len((await backend.find(None, None, "").submit(ROWS)).labels)
 
     assert asyncio.run(story()) == (503, 2)
+
+
+def test_a_call_that_is_refused_before_it_is_decoded_counts_as_offered_and_as_shed(endpoint, make_model):
+    def full() -> None:
+        raise Refusal(503, "full")
+
+    loaded = make_model(A)
+    loaded.batcher.check_room = full
+    model = with_store(endpoint, ModelStore(loaded)).find(None, None, "")
+    with pytest.raises(Refusal):
+        model.check_room()
+    assert endpoint.telemetry.snapshot()["shed"] == {"animals": 1}
+    series = series_of(endpoint)
+    assert (series["route"], series["version"], series["statuses"]) == ("grpc", A, {"503": 1})

@@ -204,3 +204,40 @@ def test_neither_a_slow_answer_nor_a_slow_body_nor_a_rest_between_requests_is_a_
         time.sleep(0.2)
         connection.sendall(b"x")
         assert read_answer(connection) == b"2"
+
+
+@pytest.mark.parametrize("protocol", [b"x", b"h2c", b"websocket"])
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_the_body_of_a_request_for_another_protocol_is_never_taken_for_a_request(port, protocol, is_at_once):
+    smuggled = b"GET /early HTTP/1.1\r\nhost: a\r\n\r\n"
+    head = (
+        b"GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: %b\r\nsec-websocket-version: 13\r\n"
+        b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\ncontent-length: %d\r\n\r\n" % (protocol, len(smuggled))
+    )
+    with connected(port) as connection:
+        connection.sendall(head + smuggled if is_at_once else head)
+        received = read_all(connection)
+        with suppress(ConnectionError):
+            connection.sendall(smuggled)
+            received += read_all(connection)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close" in received
+    assert received.count(b"HTTP/1.1 4") == received.count(b"\r\n\r\n") == 1
+    assert "Upgrade" in json.loads(received.partition(b"\r\n\r\n")[2])["error"]
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_the_server_speaks_no_websocket_whatever_its_configuration_said(is_loaded):
+    async def story() -> uvicorn.Config:
+        config = uvicorn.Config(app, ws="websockets-sansio", log_config=None)
+        if is_loaded:
+            config.load()
+        serving = asyncio.create_task(asyncio.sleep(0))
+        bound_heads(uvicorn.Server(config), serving)
+        await serving
+        if not is_loaded:
+            config.load()
+        return config
+
+    config = asyncio.run(story())
+    assert (config.http_protocol_class, config.ws_protocol_class) == (heads.BoundedHttp, None)

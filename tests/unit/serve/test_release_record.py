@@ -197,7 +197,14 @@ def test_nothing_is_brought_back_where_there_is_another_way_back(
 def test_a_rollout_is_the_same_however_often_it_was_heard_of(first: ChannelState) -> None:
     begun = propose(first, canary(B))
     assert is_same(beat(beat(begun)).rollout, canary(B))
-    assert not any(is_same(other, canary(B)) for other in (None, load(B), canary(C), canary(B, 0.2)))
+    another_deployers = canary(B).model_copy(update={"id": "another deployer's"})
+    others = (None, load(B), canary(C), canary(B, 0.2), another_deployers)
+    assert not any(is_same(other, canary(B)) for other in others)
+
+
+def test_a_rollout_that_was_stored_before_they_had_ids_is_read() -> None:
+    stored = canary(B).model_dump(exclude={"id"})
+    assert Rollout.model_validate(stored) == canary(B)
 
 
 def test_that_a_version_is_live_can_be_asked_before_it_is_proposed(second: ChannelState) -> None:

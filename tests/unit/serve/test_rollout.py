@@ -453,6 +453,46 @@ def test_a_deployer_that_is_heard_again_at_the_last_moment_is_not_taken_over(a, 
     assert take_over(silent, silent.rollout, "t1", "silent").rollout is None
 
 
+def test_a_deployer_that_stood_still_itself_waits_anew(a, b, c, monkeypatch):
+    """Both did, as on a machine that slept; the other one wakes up a little later."""
+    monkeypatch.setattr(rollout_module, "STALE_S", 0.1)
+    monkeypatch.setattr(rollout_module, "STOOD_STILL_S", 0.05)
+    looks = 0
+
+    def wake_up(progress: Progress) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            time.sleep(0.15)
+        else:
+            heard(fleet)
+
+    with running(a) as fleet:
+        left_by_a_deployer_that_is_gone(fleet, b)
+        with pytest.raises(DeployError, match="another rollout is under way"):
+            fleet.channel.clear_the_way(c, wake_up)
+        assert fleet.history == []
+
+
+def test_a_deployer_that_wakes_up_does_not_drive_its_successors_rollout(a, b, monkeypatch):
+    """The next one ran the very same command: the same version, kind and share."""
+    successors: list[Rollout] = []
+
+    def supplant(progress: Progress) -> None:
+        if progress.stage == "watching" and not successors:
+            ours = fleet.state.rollout
+            update(fleet.registry, lambda state: take_over(state, ours, "t1", "not heard"))
+            successor = Rollout(kind="canary", release=b, share=ours.share)
+            assert ours.id != successor.id
+            successors.append(update(fleet.registry, lambda state: propose(state, successor)).rollout)
+
+    monkeypatch.setattr(rollout_module, "BEAT_S", 0.0)
+    with running(a) as fleet:
+        with pytest.raises(DeployError, match="its rollout was ended from elsewhere"):
+            bring_in(fleet, b, Mode("canary", 0.5, LIMITS), watch=supplant)
+        assert fleet.state.rollout == successors[0], "neither beaten nor taken back"
+
+
 def test_a_rollout_that_ends_while_its_deployer_is_waited_for_leaves_the_way_clear(a, b, c):
     def end(progress: Progress) -> None:
         update(fleet.registry, lambda state: withdraw(state, "t1", "asked for"))

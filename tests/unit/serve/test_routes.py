@@ -9,8 +9,8 @@ import pytest
 
 from bigray.errors import SpecError
 from bigray.serve.http import Answer, Refusal, Request
-from bigray.serve.routes import OPEN, PREDICT, Router
-from bigray.serve.store import ModelStore, OtherModel
+from bigray.serve.routes import MOST_FOUND, OPEN, PREDICT, Router
+from bigray.serve.store import ModelStore, OtherModel, View
 
 IMAGE = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 GOOD = json.dumps({"records": [{"image": IMAGE}]}).encode()
@@ -160,3 +160,20 @@ def test_a_wrong_length_of_the_header_part_is_a_fault_of_the_caller(router, leng
     with pytest.raises((SpecError, Refusal)) as caught:
         decode(router, b"{}", {b"inference-header-content-length": length}, "/v2/models/animals/infer")
     assert getattr(caught.value, "status", 400) == 400
+
+
+def test_a_route_that_was_found_before_is_not_one_when_its_model_has_gone(make_model):
+    store = ModelStore(make_model())
+    router = Router(store, 1000, numbers, numbers)
+    path = "/v2/models/animals/infer"
+    assert router.find(path, "POST") == router.find(path, "POST")
+    store.set_view(View(make_model("b" * 12, name="beasts")))
+    assert refusal(router, "POST", path).status == 404
+    assert router.find("/v2/models/beasts/infer", "POST").model == "beasts"
+
+
+def test_versions_that_callers_make_up_are_not_all_kept(router):
+    for number in range(3 * MOST_FOUND):
+        path = f"/v2/models/animals/versions/{number}/infer"
+        assert router.find(path, "POST").version == router.find(path, "POST").version == str(number)
+    assert len(router._found) == MOST_FOUND

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigray.errors import DeployError, SpecError
+from bigray.serve import channels as channels_module
 from bigray.serve import rollout as rollout_module
 from bigray.serve import runner
 from bigray.serve.channels import Applied, channel_of
@@ -27,7 +30,7 @@ from bigray.serve.runner import (
     status,
     versions,
 )
-from tests.unit.serve.fakes import FakeClient, config
+from tests.unit.serve.fakes import FakeClient, LingeringClient, config, wait_until
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -191,6 +194,108 @@ def test_deleting_the_last_application_ends_serve_and_forgets_its_channel(client
     assert (client.bundles, ended) == ({}, [True])
 
 
+# ----- deployers at the same time
+
+
+@pytest.fixture
+def lingering(monkeypatch: pytest.MonkeyPatch) -> LingeringClient:
+    """Serve runs, with application 'model', and takes its time to end one."""
+    client = LingeringClient(model=A.bundle)
+    client.details["status"] = "RUNNING"
+    monkeypatch.setattr(runner, "running_client", lambda: client)
+    monkeypatch.setattr(runner, "root_url", lambda client: "http://127.0.0.1:8000")
+    monkeypatch.setattr(runner, "fetch_version", lambda url: B.version)
+    monkeypatch.setattr(channels_module, "POLL_S", 0.005)
+    channel_of(client, "model").begin(A, "first")
+    return client
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, lingering: LingeringClient) -> list[dict[str, str]]:
+    """What was served whenever Serve was ended."""
+    ended: list[dict[str, str]] = []
+    monkeypatch.setattr(runner, "shutdown", lambda: ended.append(lingering.bundles))
+    return ended
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def first_deployment(client: FakeClient, spec: ServeSpec, release: Release = B) -> str:
+    gate = GateReport(version=release.version, model="animals", checks=(), forced=(), seconds=0.0)
+    return _Change(client, spec, release, gate, timeout_s=0.5).begin()
+
+
+def named(spec: ServeSpec, name: str) -> ServeSpec:
+    application = spec.application.model_copy(update={"name": name, "route_prefix": f"/{name}"})
+    return spec.model_copy(update={"applications": (application,)})
+
+
+def test_serve_goes_on_for_another_application_that_came_while_the_last_one_left(lingering, ended, pool, spec):
+    deletion = pool.submit(delete, "model")
+    wait_until(lambda: "model" in lingering.leaving)
+    first_deployment(lingering, named(spec, "other"))
+    lingering.let_go("model")
+    deletion.result(20)
+    assert (lingering.bundles, ended) == ({"other": B.bundle}, [])
+
+
+def test_of_two_that_delete_the_last_two_applications_one_ends_serve(lingering, ended, pool):
+    lingering.applications["other"] = config("/other", "/bundles/o") | {"name": "other"}
+    deletions = [pool.submit(delete, name) for name in ("model", "other")]
+    wait_until(lambda: len(lingering.leaving) == 2)
+    for name, deletion in zip(("model", "other"), deletions, strict=True):
+        assert ended == []
+        lingering.let_go(name)
+        deletion.result(20)
+    assert ended == [{}]
+
+
+def test_what_is_deployed_in_the_place_of_one_that_leaves_keeps_its_channel(lingering, ended, pool, spec, store):
+    deletion = pool.submit(delete, "model")
+    wait_until(lambda: "model" in lingering.leaving and Registry("model", A.bundle, store).read() is None)
+    first_deployment(lingering, spec)
+    deletion.result(20)
+    assert (versions("model")[0].live, ended) == (B, [])
+
+
+def test_what_replicas_say_on_their_way_out_is_forgotten(lingering, ended, pool, store):
+    deletion = pool.submit(delete, "model")
+    wait_until(lambda: "model" in lingering.leaving and Registry("model", A.bundle, store).read() is None)
+    Registry("model", A.bundle, store).write(initial(A, AT))
+    lingering.let_go("model")
+    deletion.result(20)
+    assert Registry("model", A.bundle, store).read() is None
+
+
+def test_of_two_first_deployments_of_a_name_the_slower_is_told_and_the_other_goes_on(lingering, spec):
+    before = channel_of(lingering, "model").state()
+    with pytest.raises(DeployError, match="application 'model': another version became live while the gate ran"):
+        first_deployment(lingering, spec)
+    assert (versions("model")[0], lingering.bundles) == (before, {"model": A.bundle})
+
+
+@pytest.mark.parametrize("call", ["begin", "delete"])
+def test_that_somebody_else_has_ended_serve_meanwhile_is_no_fault_of_bigray(lingering, ended, spec, monkeypatch, call):
+    from ray.exceptions import ActorDiedError
+
+    def die(*args: Any, **options: Any) -> None:
+        raise ActorDiedError
+
+    if call == "delete":
+        monkeypatch.setattr(lingering, "delete_apps", die)
+        delete("model")
+        assert ended == []
+    else:
+        del lingering.applications["model"]
+        monkeypatch.setattr(lingering, "deploy_apps", die)
+        with pytest.raises(DeployError, match="application 'model': Serve has been ended meanwhile; deploy again"):
+            first_deployment(lingering, spec)
+
+
 # ----- after a surge
 
 
@@ -278,3 +383,74 @@ def test_a_surge_takes_over_from_a_canary_whose_deployer_is_gone(client, surged,
         ("c" * 12, "rolled back"),
         (a.version, "deployed"),
     ]
+
+
+@pytest.fixture
+def in_place(client: FakeClient, a: Release, b: Release, monkeypatch: pytest.MonkeyPatch) -> ChannelState:
+    """`b` was promoted in the replicas that were started with `a`."""
+    client.applications["model"]["args"]["bundle"] = a.bundle
+    client.details["status"] = "RUNNING"
+    monkeypatch.setattr(runner, "POLL_S", 0.005)
+    channel = channel_of(client, "model")
+    channel.begin(a, "first")
+    registry = Registry("model", a.bundle)
+    update(registry, lambda state: propose(state, Rollout(kind="load", release=b)))
+    return update(registry, lambda state: promote(state, AT, "good"))
+
+
+def test_a_surge_to_the_bundle_that_it_was_started_with_has_replicas_and_a_channel_of_its_own(
+    client, in_place, a, b, monkeypatch
+):
+    running = channel_of(client, "model")
+    monkeypatch.setattr(runner, "fetch_version", lambda url: a.version)
+    surge(client, a)
+    assert client.bundles["model"] not in (a.bundle, b.bundle), "or Serve would replace nothing"
+    assert absolute_location(client.bundles["model"]) == a.bundle
+    assert running.state() == in_place, "replicas that answer until then do not switch"
+    state = versions("model")[0]
+    assert (state.live, state.previous, state.replaced) == (a, None, b)
+    monkeypatch.setattr(runner, "fetch_version", lambda url: b.version)
+    assert rollback("model").live == b
+
+
+def test_a_surge_to_the_bundle_that_it_was_started_with_that_fails_leaves_what_serves(
+    client, in_place, a, b, monkeypatch
+):
+    monkeypatch.setattr(runner, "fetch_version", lambda url: b.version)
+    with pytest.raises(DeployError, match=f"still serves version {b.version}"):
+        surge(client, a)
+    assert (versions("model")[0], client.bundles) == (in_place, {"model": a.bundle})
+
+
+def test_a_surge_to_another_version_in_the_same_folder_replaces_the_replicas(client, surged, b, monkeypatch):
+    anew = Release(version="e" * 12, bundle=b.bundle)
+    monkeypatch.setattr(runner, "fetch_version", lambda url: anew.version)
+    running = channel_of(client, "model")
+    for _ in range(2):  # there and back
+        before = client.bundles["model"]
+        surge(client, anew)
+        assert client.bundles["model"] != before
+        assert absolute_location(client.bundles["model"]) == b.bundle
+        assert versions("model")[0].live == anew
+        anew = Release(version="f" * 12, bundle=b.bundle)
+        monkeypatch.setattr(runner, "fetch_version", lambda url, version=anew.version: version)
+    assert running.state().live.version == "f" * 12
+
+
+@pytest.mark.parametrize("call", ["deploy", "rollback"])
+def test_what_somebody_else_made_live_before_its_turn_is_not_overrun(client, surged, store, a, b, call, monkeypatch):
+    """They are faster between the look at the state and the turn."""
+    other = Release(version="d" * 12, bundle="/d")
+
+    class OthersTurn(channels_module.Turn):
+        def __enter__(self) -> OthersTurn:
+            update(
+                Registry("model", b.bundle, store), lambda state: propose(state, Rollout(kind="load", release=other))
+            )
+            update(Registry("model", b.bundle, store), lambda state: promote(state, AT, "theirs"))
+            return super().__enter__()
+
+    monkeypatch.setattr(channels_module, "Turn", OthersTurn)
+    with pytest.raises(DeployError, match=r"another version became live|it was deployed or deleted meanwhile"):
+        surge(client, a) if call == "deploy" else rollback("model")
+    assert (versions("model")[0].live, client.bundles) == (other, {"model": b.bundle})

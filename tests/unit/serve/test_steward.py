@@ -18,6 +18,7 @@ from bigray.serve.protect.guard import Guard
 from bigray.serve.protect.keys import create_key
 from bigray.serve.release.record import (
     ChannelState,
+    Comparison,
     Release,
     ReplicaReport,
     Rollout,
@@ -361,6 +362,23 @@ def test_what_a_canary_has_shown_is_kept_while_its_watcher_is_heard(registry, re
 
     replica.steward.report()
     assert replica.report.comparison.candidate.requests == 2
+
+
+def test_the_next_deployers_canary_of_the_same_version_is_heard_and_counted_anew(registry, replica, b):
+    """Both its end and the next one's beginning fall between two looks."""
+    proposed(registry, b, "canary", 0.5)
+    replica.step()
+    replica.answering()
+    assert replica.store.view.side_by_side.comparison() != Comparison()
+
+    replica.now += STALE_S - 0.5
+    update(registry, lambda state: abort(state, AT, "not heard"))
+    anew = Rollout(kind="canary", release=b, share=0.5, id="the next one's")
+    update(registry, lambda state: propose(state, anew))
+    replica.step(0.0)
+    assert replica.store.view.side_by_side.comparison() == Comparison()
+    replica.step(1.0)
+    assert replica.store.view.rollout == anew
 
 
 def test_a_canary_whose_watcher_is_silent_gets_no_traffic_until_it_is_heard_again(registry, replica, a, b):

@@ -45,6 +45,31 @@ def test_a_body_that_does_not_come_is_a_408():
     assert (attended.fault.status, attended.fault.message) == (408, "body: not complete within 0 s")
 
 
+def test_of_many_late_bodies_a_few_are_given_up_at_each_look(monkeypatch):
+    monkeypatch.setattr(under_way, "GIVEN_UP_AT_ONCE", 3)
+
+    async def story():
+        way = UnderWay(body_timeout_s=0.0)
+
+        async def stall():
+            attended = way.begin(never)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                way.end(attended)
+
+        tasks = [asyncio.create_task(stall()) for _ in range(7)]
+        await asyncio.sleep(0.01)
+        left = []
+        for _ in range(3):
+            way.look_after()
+            await asyncio.gather(*(asyncio.sleep(0) for _ in range(3)))
+            left.append(sum(not task.done() for task in tasks))
+        return left
+
+    assert asyncio.run(story()) == [4, 1, 0]
+
+
 def test_a_body_that_still_has_time_is_waited_for():
     assert asyncio.run(outcome(UnderWay(body_timeout_s=60.0), never, is_reading=True)).fault is None
 

@@ -14,6 +14,8 @@ from bigray.errors import SpecError
 from bigray.serve.http import Refusal
 from bigray.serve.wire.bodies import decode_predict
 
+GREY_PIXELS, TRANSPARENT_PIXELS = 0, 6
+"""Colour types of a PNG's header."""
 GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
 
 
@@ -127,12 +129,20 @@ def test_what_is_no_image_is_refused_without_the_decoders_words(bundle: ModelBun
         decode(body, bundle.manifest)
 
 
-@pytest.mark.parametrize("size", [(10_000, 10_000), (200_000, 200_000), (16_000_001, 1)])
+@pytest.mark.parametrize(
+    ("size", "kind", "limit"),
+    [
+        ((10_000, 10_000), GREY_PIXELS, 16),
+        ((200_000, 200_000), GREY_PIXELS, 16),
+        ((16_000_001, 1), GREY_PIXELS, 16),
+        ((2_001, 2_000), TRANSPARENT_PIXELS, 4),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(bundle: ModelBundle, size):
-    header = struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0)
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(bundle: ModelBundle, size, kind, limit):
+    header = struct.pack(">IIBBBBB", *size, 8, kind, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-    with pytest.raises(Refusal, match="16 million pixels") as caught:
+    with pytest.raises(Refusal, match=f" {limit} million pixels") as caught:
         decode(bomb, bundle.manifest)
     assert caught.value.status == 413
 
