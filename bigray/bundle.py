@@ -165,7 +165,7 @@ class ModelCard(_Document):
 
 
 class Derivation(_Document):
-    """How a bundle was made smaller from another one, whose `origin` it keeps."""
+    """How a bundle was made smaller from another one, whose `origin` it keeps unless it was trained on."""
 
     version: str
     """Of the bundle it was made from."""

@@ -205,6 +205,8 @@ def print_report(report: RunReport, top: int) -> None:
         Text.assemble(("run ", "bold"), f"{report.run_id} of job {report.job}, in {report.folder}"), soft_wrap=True
     )
     out.print(Text.assemble(("status ", "bold"), _status_line(report)), soft_wrap=True)
+    for note in report.notes:
+        out.print(Text.assemble(("note ", "bold"), note), soft_wrap=True)
     counts = ", ".join(f"{count:,} {status}" for status, count in report.counts.items())
     out.print(Text.assemble(("trials ", "bold"), f"{report.num_planned:,}: {counts or 'none begun'}"), soft_wrap=True)
     shown = report.trials[:top]

@@ -2,7 +2,8 @@
 
 BigrayError                     exit code
 ├── SpecError                   2   a file or option is wrong; lists every fault
-│   └── CapacityError           2   the cluster cannot hold what was asked for, ever or now
+│   ├── CapacityError           2   the cluster cannot hold what was asked for, ever or now
+│   └── ImageTooLarge           2   a picture with more pixels or scans than one may have
 ├── TrainingFailed              3   a trial raised, diverged, or its workers died too often
 │   ├── OutOfMemory             3   a worker had no memory for a forward or backward pass
 │   └── GroupLost               3   no worker group is left to train on; the trial itself has not failed
@@ -30,6 +31,7 @@ __all__ = [
     "DeployError",
     "DiskFull",
     "GroupLost",
+    "ImageTooLarge",
     "OutOfMemory",
     "Preempted",
     "SpecError",
@@ -61,6 +63,10 @@ class SpecError(BigrayError):
 
 class CapacityError(SpecError):
     """The cluster has not the CPUs, GPUs or nodes, or not free; the message holds the numbers and what would fit."""
+
+
+class ImageTooLarge(SpecError):
+    """More pixels or scans than a picture may have; found before it is decoded."""
 
 
 class TrainingFailed(BigrayError):

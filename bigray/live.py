@@ -250,6 +250,8 @@ def _headline(event: Event) -> str | None:
             return f"resuming {values['run']} at step {values['step']:,}: {ended:,} of {total:,} trials had ended"
         case "complete":
             return f"{values['run']} is complete already; reading its results (--new runs it again)"
+        case "note":
+            return f"note: {values['text']}"
         case "warning":
             return f"warning: {event.trial_id}: {values['text']}"
         case "resumed":

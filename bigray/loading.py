@@ -78,7 +78,7 @@ def _reference_faults(document: dict[str, Any]) -> Iterable[str]:
     data, models, training = document.get("data"), document.get("models"), document.get("training")
     references: list[tuple[str, Any, Callable[[str], object]]] = []
     if isinstance(data, dict):
-        references.append(("data.source", data.get("source"), check_source))
+        references += [(f"data.{key}", data.get(key), check_source) for key in ("source", "train", "test")]
     if isinstance(models, dict):
         factories = [(name, model.get("factory")) for name, model in models.items() if isinstance(model, dict)]
         references += [(f"models.{name}.factory", path, load_factory) for name, path in factories]

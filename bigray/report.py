@@ -87,6 +87,8 @@ class RunReport:
     finalists: tuple[Finalist, ...]
     cross_validation: tuple[CrossValidation, ...] = ()
     """Of a training with `data.k_folds`: each model, the best mean first."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the data, one line each."""
 
     @property
     def why(self) -> str | None:
@@ -113,6 +115,7 @@ class RunReport:
             "mode": self.mode,
             "winner": self.winner,
             "bundle": self.bundle,
+            "notes": list(self.notes),
             "trials_planned": self.num_planned,
             "counts": self.counts,
             "totals": self.totals.to_json(),
@@ -173,6 +176,7 @@ def make_report(paths: RunPaths, document: Mapping[str, Any], events: Sequence[M
         events={kind: sum(event["kind"] == kind for event in events) for kind in _COUNTED},
         finalists=judge_run(results, events, metric, mode),
         cross_validation=_cross_validated(document, results, metric, mode),
+        notes=tuple(document.get("data", {}).get("notes", ())),
     )
 
 

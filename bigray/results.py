@@ -143,6 +143,8 @@ class Leaderboard:
     """Worker groups that trained at once."""
     training_wall_s: float = 0.0
     """From the first trial's start to the last one's end, over all attempts."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the data, one line each."""
 
     @property
     def winner(self) -> TrialResult:
@@ -183,6 +185,7 @@ class Leaderboard:
             "wall_s": round(self.wall_s, 2),
             "samples_lost": self.samples_lost,
             "samples_repeated": self.samples_repeated,
+            "notes": list(self.notes),
             "winner": asdict(self.winner),
             "cross_validation": [asdict(model) for model in self.cross_validation],
             "trials": [asdict(trial) for trial in self.trials],

@@ -241,6 +241,9 @@ class DataSpec(Spec):
     stride: int | None = Field(default=None, ge=1)
     """Tokens from the start of one training window to that of the next; default: `context`, so that none overlap."""
     columns: dict[str, ColumnSpec] = {}
+    memory_gb: PositiveFloat | None = None
+    """Rows of Parquet that would need more memory than this while they are prepared are streamed from disk; default:
+    half of what is free."""
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> DataSpec:
@@ -295,6 +298,14 @@ class ModelSpec(Spec):
     gs:// URI. Taken by name; what has another shape, such as a new head, starts as the factory makes it."""
     freeze: Names = ()
     """Patterns over parameter names (fnmatch), such as `stem.*`, that training leaves as they are."""
+    keep_zeros: bool = False
+    """What is exactly 0 in the matrices of `weights`, as in a pruned model, stays 0 through training."""
+
+    @model_validator(mode="after")
+    def _zeros_come_from_a_file(self) -> ModelSpec:
+        if self.keep_zeros and self.weights is None:
+            raise ValueError("keep_zeros: needs weights, the file whose zeros are to stay")
+        return self
 
 
 class ScheduleSpec(Spec):
@@ -618,7 +629,12 @@ class JobSpec(Spec):
     def fixed_by(self) -> dict[str, Any]:
         """The part that decides the result: all but where it is stored and how many workers share the work."""
         # of a file of weights the bytes count, which `RunRequest.run_id` adds
-        where: Any = {"storage": True, "scaling": True, "models": {"__all__": {"weights"}}}
+        where: Any = {
+            "storage": True,
+            "scaling": True,
+            "models": {"__all__": {"weights"}},
+            "data": {"memory_gb"},
+        }
         return self.model_dump(mode="json", exclude=where)
 
 

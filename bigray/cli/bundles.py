@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bigray.cli.app import KEY_VARIABLE, Address, AsJson, api_key, app, raise_faults
-from bigray.errors import SpecError
+from bigray.cli.app import KEY_VARIABLE, Address, AsJson, Overrides, api_key, app, is_joining, raise_faults
+from bigray.errors import SpecError, StorageError
 
 if TYPE_CHECKING:
     from bigray.compression.compressing import Method
+    from bigray.compression.fine_tuning import FineTuning, Train
+    from bigray.data.dataset import Dataset
+    from bigray.specs import JobSpec
 
 Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A run folder, or a bundle folder.")]
 AllowFactories = Annotated[
@@ -27,7 +31,7 @@ AllowFactories = Annotated[
 
 @app.command(
     epilog="Examples: bigray compress runs/mnist-1a2b3c --int8; bigray compress runs/mnist-1a2b3c --prune 0.5 "
-    "--max-drop 0.01"
+    "--max-drop 0.01; bigray compress runs/digits-1a2b3c --prune 0.8 --fine-tune examples/digits/job.toml --epochs 3"
 )
 def compress(
     bundle: Bundle,
@@ -36,21 +40,40 @@ def compress(
     low_rank: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Factor the layers to this share of their weights.")
     ] = None,
+    fine_tune: Annotated[
+        str | None,
+        typer.Option(metavar="JOB", help="With --prune: train on by this job file, on Ray; zeros stay zeros."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of --fine-tune.", show_default="the job's, else the bundle's")
+    ] = None,
+    set_: Overrides = None,
     max_drop: Annotated[float, typer.Option(help="Refuse it where the metric drops by more.")] = 0.005,
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Where the new bundle goes.", show_default="beside the old one")
     ] = None,
+    address: Address = None,
     allow_factory: AllowFactories = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a bundle smaller: a new one, beside the old one in bytes, time and metric. Starts no Ray."""
+    """Make a bundle smaller: a new one, beside the old one in bytes, time and metric. Starts Ray for --fine-tune alone.
+
+    With --fine-tune the bundle's model is trained on by `bigray train`, on the bundle's own rows. Each key of the job
+    file's training section counts (--set overrides one); the others are as the bundle was trained with.
+    """
     method = _read_method(int8, prune, low_rank)
+    fine_tuning = _read_fine_tuning(fine_tune, epochs, set_, _train_on_ray(address, quiet=as_json))
     from bigray import console
     from bigray.compression.compressing import compress as compress_bundle
     from bigray.workflow import find_bundle
 
     made = compress_bundle(
-        find_bundle(bundle), method, max_drop=max_drop, out=out, allow_factories=_allowed(allow_factory)
+        find_bundle(bundle),
+        method,
+        max_drop=max_drop,
+        out=out,
+        allow_factories=_allowed(allow_factory),
+        fine_tuning=fine_tuning,
     )
     console.print_json(made.to_json()) if as_json else console.print_compression(made)
 
@@ -86,13 +109,20 @@ def explain(
     if out is not None:
         if len(found.rows) > 1:
             raise SpecError(f"--out: {file} has {len(found.rows):,} rows; choose one by --row")
-        out.write_bytes(found.picture())
+        _write_picture(out, found.picture())
     if as_json:
         console.print_json(found.to_json())
         return
     console.print_explanations(found)
     if out is not None:
         console.say(f"wrote {out}")
+
+
+def _write_picture(out: Path, picture: bytes) -> None:
+    try:
+        out.write_bytes(picture)
+    except OSError as error:
+        raise StorageError(f"--out: {out}: cannot be written: {error.strerror}") from error
 
 
 @app.command(
@@ -181,6 +211,43 @@ def _read_method(int8: bool, prune: float | None, low_rank: float | None) -> Met
         raise SpecError("give one of --int8, --prune SHARE and --low-rank SHARE")
     raise_faults(chosen[0].faults())
     return chosen[0]
+
+
+def _read_fine_tuning(
+    job: str | None, epochs: int | None, overrides: list[str] | None, train: Train
+) -> FineTuning | None:
+    if job is None:
+        options = {"--epochs": epochs, "--set": overrides}
+        raise_faults([f"{option}: is for --fine-tune JOB" for option, value in options.items() if value])
+        return None
+    from bigray.compression.fine_tuning import FineTuning
+    from bigray.loading import load_job
+
+    return FineTuning(load_job(job, overrides or ()), train, epochs)
+
+
+def _train_on_ray(address: str | None, *, quiet: bool) -> Train:
+    """The way of `bigray train`, with its view on standard error."""
+
+    def train(job: JobSpec, check: Callable[[Dataset], None]) -> str:
+        from bigray.cluster.connect import connect, prepare_environment
+        from bigray.live import run_view
+        from bigray.termination import terminated_by_signal
+        from bigray.training.groups import preload
+        from bigray.training.request import make_request
+        from bigray.training.runner import train_request, training_trials
+        from bigray.workflow import plan_request
+
+        request = make_request(job, training_trials(job))
+        check(request.dataset)
+        if not is_joining(address):
+            plan_request(request)  # says no before Ray starts
+        prepare_environment(joining=is_joining(address))
+        preload()
+        with connect(address), run_view(quiet=quiet) as view, terminated_by_signal():
+            return train_request(request, address=address, listener=view).bundle.uri
+
+    return train
 
 
 def _allowed(patterns: list[str] | None) -> list[str]:

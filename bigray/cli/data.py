@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bigray.cli.app import AsJson, JobFile, Overrides, app
-from bigray.errors import SpecError
+from bigray.errors import SpecError, StorageError
 
 
 @app.command(
@@ -35,7 +35,10 @@ def data(
     if sheet is not None:
         if not isinstance(found, TableReport):
             raise SpecError("--sheet: is for images, and the inputs are text")
-        sheet.write_bytes(found.sheet())
+        try:
+            sheet.write_bytes(found.sheet())
+        except OSError as error:
+            raise StorageError(f"--sheet: {sheet}: cannot be written: {error.strerror}") from error
     if as_json:
         console.print_json({"job": spec.name, **found.to_json(), "warnings": found.warnings})
         return

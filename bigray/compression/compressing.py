@@ -23,9 +23,27 @@ from bigray.bundle import (
     save_bundle,
 )
 from bigray.compression.change import Changed
-from bigray.compression.report import Compression, Score, packed_size, score_golden, score_holdout, time_rows
+from bigray.compression.fine_tuning import (
+    OPTION,
+    FineTuning,
+    Train,
+    check_data,
+    share_of_zeros,
+    trained_on,
+    training_job,
+)
+from bigray.compression.report import (
+    Compression,
+    Pruned,
+    Score,
+    packed_size,
+    score_golden,
+    score_holdout,
+    time_rows,
+)
 from bigray.errors import DeployError, SpecError, StorageError
 from bigray.inference import BUILT_IN_FACTORIES, Predictor
+from bigray.specs import JobSpec
 from bigray.storage import MANIFEST, Storage, open_storage, read_files, read_manifest, sha256
 
 FloatArray = NDArray[np.float32]
@@ -58,6 +76,16 @@ class Method:
         return []
 
 
+@dataclass(frozen=True)
+class _Made:
+    """The new bundle before it is measured."""
+
+    manifest: BundleManifest
+    changed: Changed
+    run: str | None = None
+    """The folder of the run that trained it on."""
+
+
 def compress(
     location: str,
     method: Method,
@@ -65,49 +93,100 @@ def compress(
     max_drop: float = MAX_DROP,
     out: str | None = None,
     allow_factories: Sequence[str] = BUILT_IN_FACTORIES,
+    fine_tuning: FineTuning | None = None,
 ) -> Compression:
     """Write the compressed bundle to `out`, by default beside the old one, which is only read.
 
+    With `fine_tuning` what is pruned is trained on before it is measured, and its zeros stay.
+
     Raises:
-        SpecError: the method does not suit the bundle, or something else is at `out`.
+        SpecError: the method, or the job that is to train on, does not suit the bundle, or something else is at `out`.
         StorageError: there is no sound bundle at `location`, or `out` cannot be written.
         DeployError: the metric drops by more than `max_drop`, and nothing was written; or the factory is not allowed.
+        TrainingFailed, CapacityError, ClusterError: as `train`.
     """
-    if faults := [*method.faults(), *_drop_faults(max_drop)]:
+    if faults := [*method.faults(), *_drop_faults(max_drop), *_tuning_faults(method, fine_tuning)]:
         raise SpecError(faults)
     storage = open_storage(location)
     bundle = ModelBundle.load(storage)
-    target = _target(storage, bundle, method, out)
+    target = _target(storage, bundle, method, out, is_tuned=fine_tuning is not None)
     _check_source(bundle, method, storage)
     assert bundle.golden is not None, "a bundle without golden answers has been refused"
-    features = bundle.golden.inputs
-    changed = _change(bundle, method, allow_factories)
+    features, holdout = bundle.golden.inputs, load_holdout(storage)
+    job = None
+    if fine_tuning is not None:  # before the work of pruning
+        job = training_job(bundle.manifest, fine_tuning, _scratch(target).child(WEIGHTS).uri)
+    first = _change(bundle, method, allow_factories)
+    made = _Made(bundle.manifest, first)
+    if fine_tuning is not None and job is not None:
+        made = _train_on(bundle, first, holdout, _scratch(target), job, fine_tuning.train)
     old, draft = (
-        Predictor(each, allow_factories=allow_factories) for each in (bundle, _bundle(bundle.manifest, changed))
+        Predictor(each, allow_factories=allow_factories) for each in (bundle, _bundle(made.manifest, made.changed))
     )
-    holdout = load_holdout(storage)
     score = _compare(old, draft, holdout, features)
     if not score.drop <= max_drop:  # so asked, NaN is refused too
-        raise DeployError(_refusal(location, method, score, max_drop))
-    made = _bundle(_derived(bundle, method, score), changed)
+        raise DeployError(_refusal(location, method, score, max_drop, is_tuned=fine_tuning is not None))
+    new = _bundle(_derived(bundle, made, method, score), made.changed)
     golden = Golden(features, draft.outputs(features))
     packed_holdout = (
         read_files(storage, "", read_manifest(storage), [HOLDOUT])[HOLDOUT] if holdout is not None else None
     )
     parent, name = _parent(target)
-    save_bundle(parent, name, made.manifest, made.weights, made.onnx, golden, packed_holdout)
+    save_bundle(parent, name, new.manifest, new.weights, new.onnx, golden, packed_holdout)
+    pruned = None
+    if made.run is not None:
+        between = Predictor(_bundle(bundle.manifest, first), allow_factories=allow_factories)
+        pruned = _measure_pruned(made.run, first, old, between, holdout, features)
     return Compression(
         method=method.kind,
         amount=method.share,
         source=location,
         location=target.uri,
         source_version=bundle.version,
-        version=made.version,
+        version=new.version,
         sizes=_sizes(bundle, ModelBundle.load(target)),
-        packed=(packed_size(bundle.onnx or bundle.weights), packed_size(made.onnx or made.weights)),
+        packed=(packed_size(bundle.onnx or bundle.weights), packed_size(new.onnx or new.weights)),
         latency_ms=time_rows(old, draft, features),
         score=score,
-        notes=changed.notes,
+        zeros=(share_of_zeros(bundle.weights), share_of_zeros(new.weights)),
+        notes=(*made.changed.notes, *(pruned.describe(score) if pruned is not None else ())),
+        pruned=pruned,
+    )
+
+
+def _scratch(target: Storage) -> Storage:
+    """Beside the new bundle: where workers find the pruned weights while they are trained on."""
+    parent, name = _parent(target)
+    return parent.child(f"{name}-scratch")
+
+
+def _train_on(
+    bundle: ModelBundle, pruned: Changed, holdout: pa.Table | None, scratch: Storage, job: JobSpec, train: Train
+) -> _Made:
+    """The pruned weights after the job's training."""
+    scratch.write_bytes(WEIGHTS, pruned.weights)
+    try:
+        location = train(job, lambda found: check_data(bundle.manifest, holdout, found, job.data.split.seed))
+    finally:
+        scratch.delete_file(WEIGHTS)
+        if not scratch.list_names():
+            scratch.delete_folder("")
+    tuned = ModelBundle.load(location)
+    manifest, changed = trained_on(pruned, tuned, bundle.manifest)
+    return _Made(manifest, changed, location.rpartition("/")[0])
+
+
+def _measure_pruned(
+    run: str, first: Changed, old: Predictor, between: Predictor, holdout: pa.Table | None, features: FloatArray
+) -> Pruned:
+    sizes = {WEIGHTS: len(first.weights)} | ({} if first.onnx is None else {ONNX: len(first.onnx)})
+    return Pruned(
+        run=run,
+        sizes=sizes,
+        packed=packed_size(first.onnx or first.weights),
+        latency_ms={batch: times[1] for batch, times in time_rows(old, between, features).items()},
+        metric=_compare(old, between, holdout, features).after,
+        zeros=share_of_zeros(first.weights),
     )
 
 
@@ -115,20 +194,29 @@ def _drop_faults(max_drop: float) -> list[str]:
     return [] if max_drop >= 0 else [f"--max-drop: use a number from 0, got {max_drop:g}"]
 
 
-def _target(source: Storage, bundle: ModelBundle, method: Method, out: str | None) -> Storage:
+def _tuning_faults(method: Method, fine_tuning: FineTuning | None) -> list[str]:
+    if fine_tuning is None or method.kind == "prune":
+        return []
+    return [f"{OPTION}: is for --prune SHARE, whose zeros it keeps; leave it out with {method.option}"]
+
+
+def _target(source: Storage, bundle: ModelBundle, method: Method, out: str | None, *, is_tuned: bool) -> Storage:
     """Where the new bundle goes: a place that is free, or has what the same command made before."""
     if out is None:
         parent, name = _parent(source)
-        target = parent.child(f"{name}-{method.suffix}")
+        target = parent.child(f"{name}-{method.suffix}{'-fine-tuned' if is_tuned else ''}")
     else:
         target = open_storage(out)
     if target.root == source.root:
         raise SpecError(f"--out: {out} is the bundle itself, which stays as it is; choose another place")
+    _parent(target)[0].check_writable()
     if not target.exists():
         return target
     if target.exists(MANIFEST):
-        before = ModelBundle.load(target).manifest.derived_from
-        if before is not None and (before.version, before.method) == (bundle.version, method.kind):
+        found = ModelBundle.load(target).manifest
+        before, was_tuned = found.derived_from, found.origin.run != bundle.manifest.origin.run
+        same = (bundle.version, method.kind, method.share)
+        if before is not None and (before.version, before.method, before.amount) == same and was_tuned == is_tuned:
             return target
     raise SpecError(f"--out: there is something else at {target.uri}; choose another place, or remove it")
 
@@ -148,6 +236,11 @@ def _check_source(bundle: ModelBundle, method: Method, storage: Storage) -> None
     before = bundle.manifest.derived_from
     if before is not None and before.method == "int8":
         raise SpecError(f"{method.option}: the bundle is of eight bits already; compress the one it was made from")
+    if before is not None and before.method == "low_rank" and method.kind == "prune":
+        # its weights file has whole matrices, and so would the new graph
+        raise SpecError(
+            f"{method.option}: the bundle's layers are factored already, which pruning would undo; prune first"
+        )
 
 
 def _change(bundle: ModelBundle, method: Method, allow_factories: Sequence[str]) -> Changed:
@@ -175,9 +268,9 @@ def _compare(old: Predictor, new: Predictor, holdout: pa.Table | None, features:
     return score_golden(old, new, features) if holdout is None else score_holdout(old, new, holdout)
 
 
-def _derived(bundle: ModelBundle, method: Method, score: Score) -> BundleManifest:
-    """The old manifest, but for what was measured of the old weights."""
-    manifest = bundle.manifest
+def _derived(bundle: ModelBundle, made: _Made, method: Method, score: Score) -> BundleManifest:
+    """The manifest of the new bundle. Where it was not trained on, without what was measured of the old weights."""
+    manifest = made.manifest
     derivation = Derivation(
         version=bundle.version,
         method=method.kind,
@@ -187,15 +280,18 @@ def _derived(bundle: ModelBundle, method: Method, score: Score) -> BundleManifes
         after=score.after,
         rows=score.rows,
     )
+    if made.run is not None:
+        return manifest.model_copy(update={"derived_from": derivation})
     card = manifest.card and manifest.card.model_copy(update={"confusion": (), "scores": {}, "per_class": ()})
     origin = manifest.origin.model_copy(update={"metrics": {}})
     return manifest.model_copy(update={"derived_from": derivation, "card": card, "origin": origin})
 
 
-def _refusal(location: str, method: Method, score: Score, max_drop: float) -> str:
+def _refusal(location: str, method: Method, score: Score, max_drop: float, *, is_tuned: bool) -> str:
+    takes, left = (f"{method.option}, fine-tuned,", "no bundle") if is_tuned else (method.option, "nothing")
     return (
-        f"{location}: {method.option} takes {score.metric} on {score.rows:,} rows from {score.before:.4f} to "
-        f"{score.after:.4f}, a drop of {score.drop:.4f} > --max-drop {max_drop:g}; nothing was written"
+        f"{location}: {takes} takes {score.metric} on {score.rows:,} rows from {score.before:.4f} to "
+        f"{score.after:.4f}, a drop of {score.drop:.4f} > --max-drop {max_drop:g}; {left} was written"
     )
 
 

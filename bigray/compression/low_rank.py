@@ -54,7 +54,7 @@ def factor(bundle: ModelBundle, share: float, rows: FloatArray, allow_factories:
     if bundle.onnx is None:
         raise SpecError(f"--low-rank: the bundle has no {ONNX}, and only there would it be smaller")
     whole = rebuild_module(bundle, allow_factories)
-    layers = _layers(whole)
+    layers = called_layers(whole, rows)
     ranks = choose_ranks([_measure(layer) for _, layer in layers], share)
     chosen = [(name, rank) for (name, _), rank in zip(layers, ranks, strict=True) if rank is not None]
     if not chosen:
@@ -100,13 +100,26 @@ def _size(matrix: Matrix, rank: int) -> int:
     return min(rank * (matrix.rows + matrix.columns), matrix.rows * matrix.columns)
 
 
-def _layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Exactly these classes: what derives from them may read its weight in a way of its own (attention does)."""
+def called_layers(module: nn.Module, rows: FloatArray) -> list[tuple[str, nn.Module]]:
+    """Name and layer of those that two in a row can stand in for: called by the module, as a layer.
+
+    Not what derives from these classes, which may read its weight in a way of its own (attention does), nor a layer
+    whose weight the module reads without calling it (a head that is applied by `functional.linear`).
+    """
+    import torch
     from torch import nn
 
     layers = weighted_layers(module, (nn.Linear, nn.Conv2d))
     plain = [(name, layer) for name, layer in layers if type(layer) in (nn.Linear, nn.Conv2d)]
-    return [(name, layer) for name, layer in plain if name and getattr(layer, "groups", 1) == 1]
+    called: set[nn.Module] = set()
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for _, layer in plain]
+    try:
+        with torch.inference_mode():
+            module(torch.tensor(rows[:2]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(name, layer) for name, layer in plain if layer in called and name and getattr(layer, "groups", 1) == 1]
 
 
 def _measure(layer: nn.Module) -> Matrix:

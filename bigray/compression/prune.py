@@ -6,7 +6,6 @@ becomes smaller where it is packed or sent compressed, not in memory, and takes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,8 +41,8 @@ def prune(bundle: ModelBundle, share: float, rows: NDArray[np.float32], allow_fa
 def prune_weights(module: nn.Module, share: float) -> dict[str, torch.Tensor]:
     """Set the smallest `share` of all linear and convolutional weights to zero, in place.
 
-    Returns the mask of each weight by its parameter's name, True where it was kept: who trains on calls `keep_pruned`
-    with them after each step of the optimizer.
+    Returns the mask of each weight by its parameter's name, True where it was kept. Training with `keep_zeros` keeps
+    them (`bigray.models.transfer`).
 
     Raises:
         SpecError: there is no such layer.
@@ -63,15 +62,6 @@ def prune_weights(module: nn.Module, share: float) -> dict[str, torch.Tensor]:
     for layer, name in weights:
         torch_prune.remove(layer, name)  # type: ignore[no-untyped-call]
     return masks
-
-
-def keep_pruned(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Set to zero again what is pruned, in place, after a step of training (worker)."""
-    import torch
-
-    with torch.no_grad():
-        for name, mask in masks.items():
-            module.get_parameter(name).mul_(mask)
 
 
 def _count(mask: torch.Tensor) -> tuple[int, int]:

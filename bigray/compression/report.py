@@ -44,6 +44,32 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What pruning alone came to, where its weights were then trained on."""
+
+    run: str
+    """Folder of the run that did."""
+    sizes: Mapping[str, int]
+    """Bytes of weights and graph."""
+    packed: int
+    latency_ms: Mapping[int, float]
+    metric: float
+    """That of the score, on the same rows."""
+    zeros: float
+
+    def describe(self, score: Score) -> tuple[str, ...]:
+        """A sentence each: these figures, and where training has made it worse."""
+        times = ", ".join(f"{ms:.3g} ms a row at {batch}" for batch, ms in self.latency_ms.items())
+        told = (
+            f"pruned alone: {score.metric} {self.metric:.4f}, {sum(self.sizes.values()):,} bytes, "
+            f"{self.packed:,} packed, {times}, {self.zeros:.1%} zeros; fine-tuned by {self.run}"
+        )
+        if score.after >= self.metric:
+            return (told,)
+        return (told, "fine-tuning made it worse than pruning alone; try a smaller rate: --set training.lr=...")
+
+
+@dataclass(frozen=True)
 class Compression:
     """What `bigray compress` made."""
 
@@ -62,7 +88,11 @@ class Compression:
     latency_ms: Mapping[int, tuple[float, float]]
     """Median time of a row, by the rows of its batch, before and after; preprocessing is part of it."""
     score: Score
+    zeros: tuple[float, float]
+    """Share of the numbers in the weights' matrices that are exactly 0, before and after."""
     notes: tuple[str, ...]
+    pruned: Pruned | None = None
+    """Between the two, where it was fine-tuned."""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "score": {**asdict(self.score), "drop": self.score.drop}}

@@ -36,19 +36,21 @@ def missing_mask(column: pa.ChunkedArray) -> Mask:
     return np.asarray(is_null.to_numpy(), np.bool_)
 
 
-def label_faults(table: pa.Table, target: str) -> Iterable[str]:
-    """One line where rows have no label; there is no way to fill one."""
+def label_faults(table: pa.Table, target: str, num_given: int | None = None) -> Iterable[str]:
+    """One line where rows have no label; there is no way to fill one. `num_given` as in `rows_named`."""
     column = table.column(target)
     rows = np.flatnonzero(missing_mask(column) if not pa.types.is_nested(column.type) else _nulls(column))
     if len(rows):
         yield (
-            f"data.target: column '{target}' has {len(rows)} empty values (in {rows_named(rows)}); "
+            f"data.target: column '{target}' has {len(rows)} empty values (in {rows_named(rows, num_given)}); "
             f"leave those rows out of the source"
         )
 
 
-def missing_faults(table: pa.Table, kinds: Mapping[str, Kind], spec: DataSpec) -> Iterable[str]:
-    """One line for each column with gaps that the job does not say what to do with."""
+def missing_faults(
+    table: pa.Table, kinds: Mapping[str, Kind], spec: DataSpec, num_given: int | None = None
+) -> Iterable[str]:
+    """One line for each column with gaps that the job does not say what to do with. `num_given` as in `rows_named`."""
     for name, kind in kinds.items():
         settings = spec.of_column(name)
         if kind == "image" or is_filled(settings, kind) or _is_dropped(settings):
@@ -59,7 +61,7 @@ def missing_faults(table: pa.Table, kinds: Mapping[str, Kind], spec: DataSpec) -
         rows = np.flatnonzero(missing_mask(column) if nan_counts and _is_scalar(kind) else _nulls(column))
         if len(rows):
             yield (
-                f"data.source: column '{name}' has {len(rows)} empty values (in {rows_named(rows)}); "
+                f"data.source: column '{name}' has {len(rows)} empty values (in {rows_named(rows, num_given)}); "
                 f"fill them in the source, or say what to do in data.missing"
             )
 
@@ -133,8 +135,15 @@ def is_filled(settings: ColumnSpec, kind: Kind) -> bool:
     return settings.missing in ("mean", "median", "constant") and _is_scalar(kind)
 
 
-def rows_named(rows: Sequence[int] | NDArray[np.int64]) -> str:
-    """`row 3`, `rows 3, 7 and 12 more`; counted from 0."""
+def rows_named(rows: Sequence[int] | NDArray[np.int64], num_given: int | None = None) -> str:
+    """`row 3`, `rows 3, 7 and 12 more`; counted from 0.
+
+    Of a given split, where the first `num_given` rows are those of data.train, as `row 3 of data.test`.
+    """
+    if num_given is not None:
+        train, test = [row for row in rows if row < num_given], [row - num_given for row in rows if row >= num_given]
+        parts = (("data.train", train), ("data.test", test))
+        return " and ".join(f"{rows_named(part)} of {place}" for place, part in parts if part)
     shown = ", ".join(str(int(row)) for row in rows[:_SHOWN])
     more = f" and {len(rows) - _SHOWN:,} more" if len(rows) > _SHOWN else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +11,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bigray.bundle import OutputSchema
-from bigray.data.cleaning import fit_column, fit_steps, kept_rows, label_faults, missing_faults, rows_named
+from bigray.data.cleaning import fit_column, kept_rows, label_faults, missing_faults
 from bigray.data.features import Column, FeatureSchema, column_to_numpy, is_binary, table_to_records
+from bigray.data.fitting import apply_in_parts, check_split, check_targets, fit_inputs
 from bigray.data.images import decode_all, probe_size
-from bigray.data.preprocessing import FloatArray, Preprocessing, fit_preprocessing
+from bigray.data.preprocessing import FloatArray, Preprocessing
+from bigray.data.row_file import RowFile
 from bigray.data.schema import Kind, infer_kinds
 from bigray.data.sources import given_split, is_image, read_split, read_table, table_from_arrays
 from bigray.data.splitting import Split, fingerprint, group_hashes, row_hashes, split_rows
-from bigray.data.targets import Targets, encode_targets, true_answers, untrained_classes
+from bigray.data.targets import Targets, encode_targets, true_answers
 from bigray.data.text_rows import TextRows, is_plain_text, read_windows
 from bigray.errors import SpecError, did_you_mean
 from bigray.specs import BuiltInTask, DataSpec
@@ -28,26 +29,26 @@ GOLDEN_ROWS = 16
 """Most validation rows that are kept as they came."""
 FREE = ("number", "date")
 """Kinds of which a value has the same code whatever the training rows are."""
-ROWS_AT_ONCE = 4096
-"""Preprocessed together: more would hold several copies of all rows in memory."""
 
 
 @dataclass(frozen=True)
 class TrainingArrays:
     """What workers map from the object store: model inputs (rows, *model_input_shape) float32, and targets.
 
-    Targets are what `encode_targets` makes of the column. The holdout is not among them.
+    Targets are what `encode_targets` makes of the column. The holdout is not among them. Inputs that are larger than
+    memory are files, which are read by rows as arrays are.
     """
 
-    x_train: NDArray[np.float32]
+    x_train: NDArray[np.float32] | RowFile
     y_train: Targets
-    x_val: NDArray[np.float32]
+    x_val: NDArray[np.float32] | RowFile
     y_val: Targets
 
     @property
     def nbytes(self) -> int:
-        """What the object store of a node holds of them, once."""
-        return sum(array.nbytes for array in (self.x_train, self.y_train, self.x_val, self.y_val))
+        """What the object store of a node holds of them, once. Rows on the disk are not in it."""
+        arrays = (self.x_train, self.y_train, self.x_val, self.y_val)
+        return sum(array.nbytes for array in arrays if not isinstance(array, RowFile))
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,15 @@ class Dataset:
     """Codes of a few validation rows, (rows, *inputs.input_shape): questions for the bundle."""
     notes: tuple[str, ...] = ()
     """What was left out of the data, one line each."""
+    num_sealed: int | None = None
+    """Rows of the holdout, where `holdout` is a sample of it."""
 
     @property
     def num_rows(self) -> dict[str, int]:
         return {
             "train": len(self.arrays.x_train),
             "validation": len(self.arrays.x_val),
-            "holdout": self.holdout.num_rows,
+            "holdout": self.holdout.num_rows if self.num_sealed is None else self.num_sealed,
         }
 
     @property
@@ -103,6 +106,8 @@ class CleanRows:
     split: Split = field(repr=False)
     numbers: NDArray[np.int64] = field(repr=False)
     """The number of each row in the source."""
+    num_given: int | None = None
+    """Of a given split, how many rows of the source are those of its first part."""
     notes: tuple[str, ...] = ()
     """What was left out, one line each."""
 
@@ -128,22 +133,34 @@ def prepare_dataset(spec: DataSpec, task: BuiltInTask, positive: str | int | Non
     Raises:
         SpecError: with one line for each fault, each starting with the key it belongs to.
     """
+    from bigray.data.streaming import prepare_streamed, to_stream  # which prepares by functions of this module
+
+    if (source := to_stream(spec, task)) is not None:
+        return prepare_streamed(source, spec, task, positive)
     table, num_given = _read(spec)
     if task == "language" and is_plain_text(table, spec):
         return _of_text(read_windows(table, num_given, spec), spec)
-    rows = _clean(table, num_given, spec, task, positive)
-    split, targets, content = rows.split, rows.targets, rows.content
-    _check_split(spec, task, split.train.size, split.validation.size)
-    _check_targets(targets, rows.outputs, split, rows.numbers)
+    return dataset_of(_clean(table, num_given, spec, task, positive))
+
+
+def dataset_of(rows: CleanRows) -> Dataset:
+    """Fit on the training rows, and preprocess.
+
+    Raises:
+        SpecError: the split leaves too few rows, or training rows of which nothing can be learnt.
+    """
+    spec, split, targets, content = rows.spec, rows.split, rows.targets, rows.content
+    check_split(spec, rows.outputs.task, split.train.size, split.validation.size)
+    check_targets(targets, rows.outputs, split, rows.numbers, rows.num_given)
     inputs = rows.schema(split.train)
     codes = rows.codes(inputs)
     x_train, x_val = codes[split.train], codes[split.validation]
-    preprocessing = _fit(spec, inputs, x_train)
+    preprocessing = fit_inputs(spec, inputs, x_train)
     apply = preprocessing.function()
     arrays = TrainingArrays(
-        x_train=_in_parts(apply, x_train),
+        x_train=apply_in_parts(apply, x_train),
         y_train=targets[split.train],
-        x_val=_in_parts(apply, x_val),
+        x_val=apply_in_parts(apply, x_val),
         y_val=targets[split.validation],
     )
     return Dataset(
@@ -174,9 +191,9 @@ def _clean(
 ) -> CleanRows:
     features = spec.features or _default_features(table, spec)
     _refuse(_column_faults(table, spec, features))
-    kinds = infer_kinds(table, features, spec)
+    kinds, first = infer_kinds(table, features, spec), num_given
     table = _plain_numbers(table, kinds)
-    _refuse([*label_faults(table, spec.target), *missing_faults(table, kinds, spec)])
+    _refuse([*label_faults(table, spec.target, first), *missing_faults(table, kinds, spec, first)])
     num_rows, numbers = table.num_rows, kept_rows(table, kinds, spec)
     table, num_given = _kept(table, numbers, num_given)
     tensor, good, notes = _tensor(table, kinds, spec, numbers)
@@ -187,7 +204,7 @@ def _clean(
     hashes = row_hashes(table.select([*features, spec.target]))
     classes = targets if task in ("classification", "binary") else None
     split = _split(table, hashes, classes, spec, num_given)
-    return CleanRows(spec, table, kinds, tensor, targets, outputs, hashes, split, numbers, notes)
+    return CleanRows(spec, table, kinds, tensor, targets, outputs, hashes, split, numbers, first, notes)
 
 
 def _of_text(rows: TextRows, spec: DataSpec) -> Dataset:
@@ -310,29 +327,6 @@ def _way_out(fault: str, inputs: FeatureSchema) -> str:
     return "clean them in the source"
 
 
-def _fit(spec: DataSpec, inputs: FeatureSchema, x_train: NDArray[Any]) -> Preprocessing:
-    steps = () if inputs.is_plain else fit_steps(inputs.columns, x_train, spec)
-    num_outputs = math.prod(inputs.input_shape) if not steps else sum(step.width for step in steps)
-    most = min(num_outputs, len(x_train))
-    if spec.pca is not None and spec.pca > most:
-        raise SpecError(
-            f"data.pca: {spec.pca} components, but there are {num_outputs} inputs and {len(x_train)} training rows; "
-            f"use at most {most}"
-        )
-    return fit_preprocessing(spec.normalize, x_train, steps, spec.pca)
-
-
-def _in_parts(apply: Callable[[FloatArray], FloatArray], codes: NDArray[Any]) -> FloatArray:
-    starts = range(0, len(codes), ROWS_AT_ONCE)
-    parts = (apply(codes[start : start + ROWS_AT_ONCE].astype(np.float32, copy=False)) for start in starts)
-    first = next(parts)
-    found = np.empty((len(codes), *first.shape[1:]), np.float32)
-    found[: len(first)] = first
-    for start, part in zip(starts[1:], parts, strict=True):
-        found[start : start + len(part)] = part
-    return found
-
-
 def _spread(codes: NDArray[Any], count: int) -> FloatArray:
     """At most so many rows, from the first to the last."""
     chosen = np.linspace(0, len(codes) - 1, min(count, len(codes)), dtype=np.int64)
@@ -407,32 +401,3 @@ def _plain_numbers(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
 def _refuse(faults: Iterable[str]) -> None:
     if found := list(faults):
         raise SpecError(found)
-
-
-def _check_split(spec: DataSpec, task: BuiltInTask, num_train: int, num_validation: int) -> None:
-    if num_train == 0:
-        raise SpecError("data.split: leaves no training rows")
-    if num_validation == 0:
-        raise SpecError(
-            f"data.split.validation: {spec.split.validation:g} leaves no row to validate on; "
-            f"use a larger share, or more rows that differ (equal rows stay on one side)"
-        )
-    if task == "regression" and num_validation < 2:
-        raise SpecError("data.split.validation: leaves one row, and val_r2 needs at least two")
-
-
-def _check_targets(targets: Targets, outputs: OutputSchema, split: Split, rows: NDArray[np.int64]) -> None:
-    """Nothing can be learnt of a class that no training row has, nor where all have one value."""
-    y_train = targets[split.train]
-    if outputs.task == "regression" and (y_train == y_train[0]).all():
-        raise SpecError(
-            f"data.target: '{outputs.target}' is {y_train[0]:g} in every training row; there is nothing to learn"
-        )
-    names = list(outputs.class_names)
-    for name in untrained_classes(y_train, outputs):
-        number = names.index(name)
-        has_it = targets[:, number] > 0 if outputs.task == "multilabel" else targets == number
-        raise SpecError(
-            f"data.target: '{name}' of '{outputs.target}' is in no training row, only in "
-            f"{rows_named(rows[np.flatnonzero(has_it)])}; give it more rows, or leave it out of the source"
-        )

@@ -80,7 +80,7 @@ class FeatureSchema(BaseModel):
         if missing := [column.name for column in self.columns if column.name not in table.column_names]:
             raise SpecError(f"no column {_some(missing)}; the columns are: {_some(table.column_names, 20)}")
         if self.is_tensor:
-            codes = np.ascontiguousarray(_tensor_of(table, self.columns[0]), dtype=np.float32)
+            codes = np.ascontiguousarray(_tensor_of(table, self.columns[0], rows), dtype=np.float32)
         elif self.is_plain and all(is_plain_number(table.schema.field(column.name).type) for column in self.columns):
             arrays = [column_to_numpy(table, column.name) for column in self.columns]
             with np.errstate(over="ignore"):
@@ -187,12 +187,12 @@ class FeatureSchema(BaseModel):
             raise SpecError(_missing_column(names, records)) from None
 
 
-def _tensor_of(table: pa.Table, column: Column) -> NDArray[Any]:
+def _tensor_of(table: pa.Table, column: Column, rows: Sequence[int] | None) -> NDArray[Any]:
     kind = table.schema.field(column.name).type
     if column.kind == "text" and column.categories and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return np.stack([_window(text or "", column) for text in table.column(column.name).to_pylist()])
     if column.kind == "image" and len(column.shape) == 3 and is_binary(kind):
-        return _pictures(table, column)
+        return _pictures(table, column, 0 if rows is None or not len(rows) else int(rows[0]))
     values = column_to_numpy(table, column.name)
     if values.shape[1:] != column.shape:
         values = values.reshape(-1, *column.shape) if values[:1].size == np.prod(column.shape) else values
@@ -202,9 +202,9 @@ def _tensor_of(table: pa.Table, column: Column) -> NDArray[Any]:
     return values
 
 
-def _pictures(table: pa.Table, column: Column) -> NDArray[Any]:
+def _pictures(table: pa.Table, column: Column, first_row: int) -> NDArray[Any]:
     try:
-        return decode_all(table.column(column.name), *_layout(column))[0]
+        return decode_all(table.column(column.name), *_layout(column), first_row=first_row)[0]
     except SpecError as error:
         raise SpecError([f"column '{column.name}': {fault}" for fault in error.faults]) from None
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bigray.data import dataset as whole
-from bigray.data.dataset import CleanRows, TrainingArrays, read_clean
+from bigray.data.dataset import CleanRows, Dataset, TrainingArrays, dataset_of, prepare_dataset, read_clean
 from bigray.data.features import FeatureSchema
+from bigray.data.fitting import apply_in_parts, check_targets, fit_inputs
 from bigray.data.preprocessing import Preprocessing
 from bigray.data.splitting import IndexArray, Split, group_hashes, k_fold_rows
+from bigray.data.streaming import to_stream
 from bigray.errors import SpecError
 from bigray.specs import BuiltInTask, DataSpec
 
@@ -48,24 +49,28 @@ class Fold:
         """Model inputs and targets, as `Dataset.arrays` has them of the usual split."""
         codes, targets, apply = self.rows.codes(self.inputs), self.rows.targets, self.preprocessing.function()
         return TrainingArrays(
-            x_train=whole._in_parts(apply, codes[self.train]),
+            x_train=apply_in_parts(apply, codes[self.train]),
             y_train=targets[self.train],
-            x_val=whole._in_parts(apply, codes[self.validation]),
+            x_val=apply_in_parts(apply, codes[self.validation]),
             y_val=targets[self.validation],
         )
 
 
-def prepare_folds(spec: DataSpec, task: BuiltInTask, positive: str | int | None = None) -> tuple[Fold, ...]:
-    """Read and clean as `prepare_dataset` does, cut, and fit each fold; none without `data.k_folds`.
+def prepare_with_folds(
+    spec: DataSpec, task: BuiltInTask, positive: str | int | None = None
+) -> tuple[Dataset, tuple[Fold, ...]]:
+    """The usual split as `prepare_dataset` makes it and, with `data.k_folds`, the folds of the same rows, read once.
 
     Raises:
         SpecError: with one line for each fault.
     """
     if spec.k_folds is None:
-        return ()
+        return prepare_dataset(spec, task, positive), ()
     if task == "language":
         raise SpecError("data.k_folds: the windows of one text overlap, so they are no folds; leave it out")
-    return fit_folds(read_clean(spec, task, positive), spec.k_folds)
+    to_stream(spec, task)  # says no where the rows do not fit in memory, which folds need
+    rows = read_clean(spec, task, positive)
+    return dataset_of(rows), fit_folds(rows, spec.k_folds)
 
 
 def fit_folds(rows: CleanRows, num_folds: int) -> tuple[Fold, ...]:
@@ -98,9 +103,9 @@ def _fold_of_each(rows: CleanRows, kept: IndexArray, num_folds: int) -> IndexArr
 def _fit_fold(rows: CleanRows, number: int, train: IndexArray, validation: IndexArray) -> Fold:
     if rows.outputs.task == "regression" and len(validation) < 2:
         raise SpecError("it has one row, and val_r2 needs at least two; use fewer folds")
-    whole._check_targets(rows.targets, rows.outputs, Split(train, validation, _NONE), rows.numbers)
+    check_targets(rows.targets, rows.outputs, Split(train, validation, _NONE), rows.numbers, rows.num_given)
     inputs = rows.schema(train)
-    preprocessing = whole._fit(rows.spec, inputs, rows.codes(inputs)[train])
+    preprocessing = fit_inputs(rows.spec, inputs, rows.codes(inputs)[train])
     return Fold(number, train, validation, inputs, preprocessing, rows)
 
 

@@ -43,10 +43,6 @@ MOST_PROBED = 1000
 MOST_TOLD = 5
 
 
-class ImageTooLarge(SpecError):
-    """More pixels or scans than a picture may have; found before it is decoded."""
-
-
 def decode(data: bytes, size: Size, channels: Literal[1, 3]) -> PixelArray:
     """A PNG or JPEG -> (channels, height, width), 0 to 255.
 
@@ -86,10 +82,11 @@ def decode_all(
     *,
     paths: Sequence[str] | None = None,
     num_threads: int | None = None,
+    first_row: int = 0,
 ) -> tuple[PixelArray, NDArray[np.bool_], list[str]]:
     """Pixels (rows, channels, height, width), which rows are good, and a line for each that is not.
 
-    A row that is not good is all 0. `paths` are told beside the numbers of the rows.
+    A row that is not good is all 0. `paths` are told beside the numbers of the rows, which count from `first_row`.
 
     Raises:
         SpecError: naming broken pictures, by policy "stop" any, by "skip" a greater share than `max_bad_share` or all.
@@ -105,7 +102,7 @@ def decode_all(
         bad = [found for chunk in pool.map(work, range(0, num_rows, ROWS_AT_ONCE)) for found in chunk]
     good = np.ones(num_rows, dtype=np.bool_)
     good[[row for row, _ in bad]] = False
-    faults = [f"row {row}{_path_of(row, paths)}: {fault}" for row, fault in bad]
+    faults = [f"row {first_row + row}{_path_of(row, paths)}: {fault}" for row, fault in bad]
     _check_share(faults, num_rows, policy, max_bad_share)
     return pixels, good, faults
 

@@ -35,8 +35,8 @@ TOLERANCE = 0.01
 LEAST_SCALE = 1e-3
 """Of attributions smaller than that in all, rounding is a large part."""
 ROWS_AT_ONCE = 16
-POINTS_AT_ONCE = 1024
-"""Rows of one forward and backward pass; bounds memory."""
+POINTS_AT_ONCE, NUMBERS_AT_ONCE = 1024, 2**22
+"""Rows of one forward and backward pass, and numbers in them: bounds memory."""
 INSTALL = "pip install 'bigray[explain]'"
 
 
@@ -194,7 +194,7 @@ class Explainer:
                 [torch.from_numpy(values[left]) for values in (points, start)],
                 torch.from_numpy(chosen[left]),
             )
-            at_once = max(len(left), POINTS_AT_ONCE)
+            at_once = max(len(left), min(POINTS_AT_ONCE, NUMBERS_AT_ONCE // points[0].size))
             found = method.attribute(
                 *ends, target=target, n_steps=steps, method="riemann_middle", internal_batch_size=at_once
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bigray.errors import SpecError
+from bigray.models.widths import is_widths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,7 @@ def cnn(
     Takes (rows, H, W) or (rows, C, H, W). The last feature map is flattened, not pooled to one value, so that small
     images keep their layout. Weights are laid out channels-last, which halves a step on the CPU (docs/how_it_works.md).
     """
-    check_images(input_shape, channels)
+    check_images(input_shape, channels, dropout)
     import torch
     from torch import nn
 
@@ -37,9 +38,13 @@ def cnn(
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def check_images(input_shape: tuple[int, ...], channels: Sequence[int]) -> None:
+def check_images(input_shape: tuple[int, ...], channels: Sequence[int], dropout: float = 0.0) -> None:
     """Raise `SpecError` unless `cnn` takes this input. Without torch, so that it can be asked before a start."""
     if len(input_shape) not in (2, 3):
         raise SpecError(f"cnn: expected images of shape (H, W) or (C, H, W), got {input_shape}")
+    if not is_widths(channels):
+        raise SpecError(f"cnn: channels must be a list of whole numbers from 1, got {channels}")
+    if not 0 <= dropout < 1:
+        raise SpecError(f"cnn: dropout must be at least 0 and less than 1, got {dropout}")
     if min(input_shape[-2:]) >> max(0, len(channels) - 1) == 0:
         raise SpecError(f"cnn: {len(channels)} layers halve an image of {input_shape} to nothing; use fewer channels")

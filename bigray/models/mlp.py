@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bigray.errors import SpecError
+from bigray.models.widths import is_widths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +29,7 @@ def mlp(
     is no category of the column (-1, NaN, too large) is a row of zeros, which is not trained. `embedding_dim` is the
     width of every table; default: 1.6 x num_categories^0.56, at most 50.
     """
-    check_embeddings(input_shape, embeddings, embedding_dim)
+    check_mlp(input_shape, hidden, dropout, embeddings, embedding_dim)
     from torch import nn
 
     layers: list[nn.Module] = [nn.Flatten()]
@@ -52,10 +53,25 @@ def usual_dim(num_categories: int) -> int:
     return max(1, min(50, int(1.6 * float(num_categories) ** 0.56 + 0.5)))
 
 
+def check_mlp(
+    input_shape: tuple[int, ...],
+    hidden: Sequence[int],
+    dropout: float,
+    embeddings: Sequence[Sequence[int]],
+    embedding_dim: int | None,
+) -> None:
+    """Raise `SpecError` unless `mlp` takes these. Without torch, so that it can be asked before a start."""
+    if not is_widths(hidden):
+        raise SpecError(f"mlp: hidden must be a list of whole numbers from 1, got {hidden}")
+    if not 0 <= dropout < 1:
+        raise SpecError(f"mlp: dropout must be at least 0 and less than 1, got {dropout}")
+    check_embeddings(input_shape, embeddings, embedding_dim)
+
+
 def check_embeddings(
     input_shape: tuple[int, ...], embeddings: Sequence[Sequence[int]], embedding_dim: int | None
 ) -> None:
-    """Raise `SpecError` unless `mlp` takes these. Without torch, so that it can be asked before a start."""
+    """The part of `check_mlp` that is about columns of categories."""
     if not embeddings:
         return
     if len(input_shape) != 1:

@@ -1,16 +1,16 @@
-"""Weights to start from and parameters that stay as they are: `weights` and `freeze` of a model (driver and worker).
+"""Weights to start from and what of them stays as it is: a model's `weights`, `freeze`, `keep_zeros` (driver, worker).
 
 A file is read by the safetensors library, which runs nothing that is in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from bigray.errors import SpecError, StorageError, did_you_mean
-from bigray.specs import ModelSpec
+from bigray.specs import ModelSpec, TrainingSpec
 from bigray.storage import open_storage, sha256
 
 if TYPE_CHECKING:
@@ -26,20 +26,31 @@ def weights_sha256(model: ModelSpec) -> str | None:
     return None if model.weights is None else sha256(_read(model.weights))
 
 
+def keep_zeros_fault(model: ModelSpec, training: TrainingSpec) -> str | None:
+    """Why the zeros of a model would not stay, where these settings move them; None where they do."""
+    if model.keep_zeros and training.strategy == "fsdp":
+        return "keep_zeros: is not for strategy = 'fsdp', which makes other parameters of the model's; use 'ddp'"
+    return None
+
+
 def start_from(module: nn.Module, model: ModelSpec) -> str | None:
-    """Load the file's tensors into a module as its factory made it, and freeze what is to be frozen; in place.
+    """Load the file's tensors into a module as its factory made it, and hold what is to stay as it is; in place.
 
     Returns one line about what does not fit, which stays as it was; None where all does, or there is no file.
 
     Raises:
-        SpecError: the file cannot be read, no parameter in it fits, or a pattern of `freeze` matches none.
+        SpecError: the file cannot be read, no parameter in it fits, a pattern of `freeze` matches none, or there is no
+            zero to keep.
     """
-    told = None if model.weights is None else _load(module, model.weights)
+    taken, told = ((), None) if model.weights is None else _load(module, model.weights)
     _freeze(module, model.freeze)
+    if model.keep_zeros:
+        _keep_zeros(module, taken)
     return told
 
 
-def _load(module: nn.Module, path: str) -> str | None:
+def _load(module: nn.Module, path: str) -> tuple[Collection[str], str | None]:
+    """The names of the tensors that were taken, and a line about the others."""
     import torch
 
     given, own = _tensors(path), module.state_dict()
@@ -49,7 +60,34 @@ def _load(module: nn.Module, path: str) -> str | None:
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(given[name])
-    return _misfits(path, given, own, len(fitting))
+    return fitting, _misfits(path, given, own, len(fitting))
+
+
+def _keep_zeros(module: nn.Module, taken: Collection[str]) -> None:
+    """Let no gradient reach what is 0 in the matrices that were taken.
+
+    The hooks run before a gradient is added to `.grad`, so what averages, clips or sums gradients sees zeros. All of
+    bigray's optimizers leave a number alone that is 0 and has never had a gradient: momenta and averages of zeros are
+    zeros, and decay takes a share of nothing.
+    """
+    matrices = [parameter for name, parameter in module.named_parameters() if name in taken and parameter.ndim >= 2]
+    zeros = [(parameter, parameter.detach() == 0) for parameter in matrices]
+    if not any(bool(is_zero.any()) for _, is_zero in zeros):
+        raise SpecError("keep_zeros: no matrix that was taken from weights has a zero; leave it out, or prune them")
+    for parameter, is_zero in zeros:
+        if parameter.requires_grad and bool(is_zero.any()):
+            parameter.register_hook(_without(is_zero))  # type: ignore[no-untyped-call]
+
+
+def _without(is_zero: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A gradient without what it has for these numbers, also where that is not finite."""
+
+    def mask(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal is_zero
+        is_zero = is_zero.to(gradient.device)  # the module moves to its device after this was made
+        return gradient.masked_fill(is_zero, 0.0)
+
+    return mask
 
 
 def _freeze(module: nn.Module, patterns: Sequence[str]) -> None:

@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from bigray.errors import SpecError
+from bigray.errors import SpecError, StorageError
 from bigray.prediction.answers import read_lineage, with_lineage
 from bigray.prediction.parts import Part, check_same
 from bigray.storage import Storage, open_storage
@@ -31,8 +33,8 @@ class Output:
     """One `--out`: its parts, and what becomes of them."""
 
     def __init__(self, out: str) -> None:
-        self._is_file = out.endswith(SINGLE_FILE)
         place = open_storage(out)
+        self._is_file = place.root.endswith(SINGLE_FILE)  # a URI may end in settings of its storage
         root, _, self._name = place.root.rpartition("/")
         uri = place.uri.rpartition("/")[0] or ("/" if place.uri.startswith("/") else ".")
         self._parent = Storage(place.filesystem, root, uri)
@@ -53,11 +55,12 @@ class Output:
             return None
         if self._parts.exists(RECORD):
             check_same(self._record(), asked, self._parts.uri)
-        elif not self._is_file and self._parts.list_names():
-            raise SpecError(f"--out: {self.location}: there is something else here; choose another place")
+        elif any(not _is_torn_record(name) for name in self._parts.list_names()):
+            raise SpecError(f"--out: {self._parts.uri}: there is something else here; choose another place")
         else:
             self._parts.write_bytes(RECORD, json.dumps(dict(document), indent=2).encode())
-        found = {name: self._rows_of(name) for name in self._parts.list_names() if name.endswith(SINGLE_FILE)}
+        names = [name for name in self._parts.list_names() if name.endswith(SINGLE_FILE)]
+        found = {name: self._rows_of(name, asked) for name in names}
         return {name: rows for name, rows in found.items() if rows is not None}
 
     def write(self, part: Part, table: pa.Table, document: Mapping[str, Any]) -> None:
@@ -73,15 +76,34 @@ class Output:
         temporary = self._parent.child(f".{self._name}.tmp")
         filesystem = temporary.filesystem
         whole = with_lineage(schema, dict(document))
-        with filesystem.open_output_stream(temporary.root) as stream, parquet.ParquetWriter(stream, whole) as writer:
-            for part in parts:
-                writer.write_table(self._read(part.file).cast(whole))
-        filesystem.move(temporary.root, self._parent.child(self._name).root)
+        with self._telling():
+            with (
+                filesystem.open_output_stream(temporary.root) as stream,
+                parquet.ParquetWriter(stream, whole) as writer,
+            ):
+                for part in parts:
+                    writer.write_table(self._read(part.file).cast(whole))
+            if temporary.is_local:  # the parts go next: a power cut must not take both
+                _sync(temporary.root)
+            filesystem.move(temporary.root, self._parent.child(self._name).root)
+            if temporary.is_local:
+                _sync(self._parent.root)
         self._remove_parts()
 
     def _remove_parts(self) -> None:
         if self._parts.exists():
-            self._parts.filesystem.delete_dir(self._parts.root)
+            with self._telling():
+                self._parts.filesystem.delete_dir(self._parts.root)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise StorageError(
+                f"--out: {self.location}: cannot be written: {reason}; the same command goes on from the parts"
+            ) from error
 
     def _record(self) -> dict[str, Any]:
         try:
@@ -100,13 +122,29 @@ class Output:
             raise SpecError(f"--out: {self.location} is no file that `bigray predict` wrote; choose another place")
         return found
 
-    def _rows_of(self, name: str) -> int | None:
-        """None for a file that was cut."""
+    def _rows_of(self, name: str, asked: Mapping[str, object]) -> int | None:
+        """None for a file that was cut, and for one of something else than what is asked for."""
         try:
             with self._parts.filesystem.open_input_file(self._parts.child(name).root) as file:
-                return int(parquet.read_metadata(file).num_rows)
+                opened = parquet.ParquetFile(file)
+                made_by = read_lineage(opened.schema_arrow) or {}
+                is_same = all(made_by.get(key) == value for key, value in asked.items())
+                return int(opened.metadata.num_rows) if is_same else None
         except (pa.ArrowException, OSError):
             return None
 
     def _read(self, name: str) -> pa.Table:
         return parquet.ParquetFile(pa.BufferReader(self._parts.read_bytes(name))).read()
+
+
+def _is_torn_record(name: str) -> bool:
+    """Whether a file is what a process left that died while it wrote the record."""
+    return name.startswith(f".{RECORD}")
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

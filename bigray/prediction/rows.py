@@ -12,9 +12,9 @@ import pyarrow as pa
 from bigray.data.features import FeatureSchema
 from bigray.data.sources import read_table
 from bigray.data.sources.extensions import restore_tensors
-from bigray.data.sources.locations import SourceFile, find_files
+from bigray.data.sources.locations import SourceFile
 from bigray.data.sources.parquet_files import open_parquet
-from bigray.data.sources.reading import FUNCTION
+from bigray.data.sources.reading import parquet_files
 from bigray.errors import SpecError
 from bigray.prediction.parts import Part, cut, parts_of
 
@@ -96,8 +96,8 @@ class ParquetRows:
             with _opened(file) as opened:
                 _check_columns(opened.schema_arrow, names, file.name)
                 metadata = opened.metadata
-                # offsets, sizes and statistics of every column: other rows have others
-                digest.update(repr(metadata.to_dict()).encode())
+                # offsets, sizes and statistics of every column: other rows have others, as a rule, and another time
+                digest.update(repr((metadata.to_dict(), _info(file).mtime_ns)).encode())
                 for group in range(metadata.num_row_groups):
                     if rows := metadata.row_group(group).num_rows:
                         groups.append((number, group))
@@ -116,13 +116,14 @@ class ParquetRows:
 
 def _large_parquet(source: str, large_bytes: int) -> tuple[SourceFile, ...] | None:
     """The files, where all are Parquet and there is much of it."""
-    if FUNCTION.fullmatch(source):
+    files = parquet_files(source)
+    if files is None:
         return None
-    files = find_files(source)
-    if not files or any(file.kind != ".parquet" for file in files):
-        return None
-    total = sum(file.filesystem.get_file_info(file.path).size for file in files)
-    return files if total >= large_bytes else None
+    return files if sum(_info(file).size for file in files) >= large_bytes else None
+
+
+def _info(file: SourceFile) -> Any:
+    return file.filesystem.get_file_info(file.path)
 
 
 def _opened(file: SourceFile) -> Any:

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from bigray.errors import SpecError
 from bigray.inference import Predictions
 from bigray.serve.exchange import Exchange, content_length
+from bigray.serve.explaining import ExplanationDesk
 from bigray.serve.generation.answering import answer_generation
 from bigray.serve.http import TRY_AGAIN, Answer, Headers, Refusal, Request, Streamed
 from bigray.serve.loaded import LoadedModel
 from bigray.serve.observe.access_log import AccessLog
 from bigray.serve.observe.telemetry import MODEL_ROUTES, Telemetry
-from bigray.serve.pictures import PictureDesk, is_picture
+from bigray.serve.pictures import is_picture, may_hold_pictures, picture_desk
 from bigray.serve.protect.guard import Guard
 from bigray.serve.routes import OPEN, Question, Route, Router
 from bigray.serve.store import ModelStore
@@ -84,7 +85,7 @@ class ModelApp:
         self._store, self._router, self._guard = store, router, guard
         self._telemetry, self._limits, self._access_log = telemetry, limits, access_log
         self._under_way = UnderWay(limits.body_timeout_s)
-        self._pictures = PictureDesk(limits.request_timeout_s, limits.max_queue_s)
+        self._pictures = picture_desk(limits.request_timeout_s, limits.max_queue_s)
         self._held_bytes = 0
         self._most_held_bytes = max(BODIES_AT_ONCE * limits.max_body_bytes, LEAST_HELD_BYTES)
         self._ticking: asyncio.Task[None] | None = None
@@ -136,7 +137,7 @@ class ModelApp:
             route = self._router.find(exchange.path, exchange.method)
         except Refusal:
             return None
-        asks_once = route.handler is None and route.generates is None
+        asks_once = route.handler is None and route.generates is None and route.explains is None
         is_quick = asks_once and (route.model is None or self._store.is_loaded(route.model))
         return route if is_quick else None
 
@@ -154,7 +155,10 @@ class ModelApp:
                 raise self._too_large(len(body))
             chosen = self._store.find(route.model, route.version, exchange.sticky())
             chosen.batcher.check_room()
-            question = route.decode(Request(exchange.method, exchange.path, exchange.headers, body), chosen)
+            request = Request(exchange.method, exchange.path, exchange.headers, body)
+            if _is_dear(route, request, chosen):
+                return self._answer_later(exchange, route, request, reply)
+            question = route.decode(request, chosen)
             exchange.rows = len(question.rows)
             exchange.answered = chosen
             asked = self._store.ask(chosen, question.rows)
@@ -163,6 +167,20 @@ class ModelApp:
             return None
         asked.add_done_callback(partial(self._on_answer, exchange, question, reply))
         return asked
+
+    def _answer_later(self, exchange: Exchange, route: Route, request: Request, reply: Reply) -> asyncio.Future[Any]:
+        asked = asyncio.get_running_loop().create_task(self._ask_model(exchange, route, request))
+        asked.add_done_callback(partial(self._on_late_answer, exchange, reply))
+        return asked
+
+    def _on_late_answer(self, exchange: Exchange, reply: Reply, asked: asyncio.Future[Answer]) -> None:
+        try:
+            answer = asked.result()
+        except asyncio.CancelledError:
+            answer = self._refused(Refusal(499, GONE), exchange)
+        except Exception as error:
+            answer = self._refused(error, exchange)
+        self._reply(exchange, answer, reply)
 
     def _on_answer(self, exchange: Exchange, question: Question, reply: Reply, asked: asyncio.Future[Any]) -> None:
         try:
@@ -195,6 +213,8 @@ class ModelApp:
             return await route.handler(request)
         if route.generates is not None:
             return await self._generate(exchange, route, request)
+        if route.explains is not None:
+            return await self._explain(exchange, route, route.explains, request)
         return await self._ask_model(exchange, route, request)
 
     def _admit(self, exchange: Exchange, route: Route) -> None:
@@ -213,25 +233,42 @@ class ModelApp:
         """Refuse what would wait too long before its body is read; a model that is not in memory has room."""
         if is_picture(exchange.headers):
             self._pictures.check_room()
-        if route.model is None or self._store.is_loaded(route.model):
+        if route.explains is not None:
+            route.explains.check_room()
+        elif route.model is None or self._store.is_loaded(route.model):
             self._store.find(route.model, route.version, exchange.sticky()).batcher.check_room()
 
     async def _ask_model(self, exchange: Exchange, route: Route, request: Request) -> Answer:
         chosen = await self._choose(exchange, route)
-        if is_picture(request.headers):
-            question = await self._pictures.run(route.decode, request, chosen)
-        else:
-            question = route.decode(request, chosen)
+        question = await self._decode(route, request, chosen)
         exchange.rows = len(question.rows)
         exchange.answered = chosen  # what fails from here on is this version's
         predictions, exchange.answered = await self._store.predict(chosen, question.rows)
         return question.encode(predictions, exchange.answered)
 
-    async def _choose(self, exchange: Exchange, route: Route) -> LoadedModel:
+    async def _explain(
+        self, exchange: Exchange, route: Route, explanations: ExplanationDesk, request: Request
+    ) -> Answer:
+        """Rows are decoded as for a prediction, and never meet others in a batch."""
+        chosen = await self._find(exchange, route)
+        explanations.check_supported(chosen)
+        rows = (await self._decode(route, request, chosen)).rows
+        exchange.rows, exchange.answered = len(rows), chosen
+        return await explanations.answer(chosen, rows, request.header(b"accept"))
+
+    async def _decode(self, route: Route, request: Request, chosen: LoadedModel) -> Question:
+        if _is_dear(route, request, chosen):
+            return await self._pictures.run(route.decode, request, chosen)
+        return route.decode(request, chosen)
+
+    async def _find(self, exchange: Exchange, route: Route) -> LoadedModel:
         name = route.model
         if name is not None and not self._store.is_loaded(name):
             await self._store.load(name)
-        chosen = self._store.find(name, route.version, exchange.sticky())
+        return self._store.find(name, route.version, exchange.sticky())
+
+    async def _choose(self, exchange: Exchange, route: Route) -> LoadedModel:
+        chosen = await self._find(exchange, route)
         chosen.batcher.check_room()  # again: the body may have come slowly, and to decode one that is refused is dear
         return chosen
 
@@ -389,6 +426,12 @@ class ModelApp:
                 key_id=exchange.key_id,
                 client=exchange.client(),
             )
+
+
+def _is_dear(route: Route, request: Request, chosen: LoadedModel) -> bool:
+    """Whether a body may hold pictures, and is to be decoded where nobody waits for it but its caller."""
+    takes_records = route.kind != "infer"
+    return is_picture(request.headers) or (takes_records and may_hold_pictures(request, chosen.manifest))
 
 
 async def _send_answer(send: Send, answer: Answer, headers: Headers) -> None:

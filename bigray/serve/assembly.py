@@ -74,7 +74,7 @@ def assemble(
     guard = Guard(args.keys)
     numbers = _Numbers(telemetry, replica, reports)
     limits = Limits(int(args.max_body_mb * 2**20), args.body_timeout_s, args.request_timeout_s, args.max_queue_s)
-    explanations = ExplanationDesk(args.allow_factories, args.request_timeout_s)
+    explanations = ExplanationDesk(args.allow_factories, args.request_timeout_s, num_threads)
     router = Router(store, limits.max_body_bytes, numbers.stats, numbers.metrics, explanations)
     log = AccessLog(args.access_log) if args.access_log is not None else None
     tick = partial(_tick, store, telemetry, num_cpus, args.request_timeout_s)

@@ -8,11 +8,11 @@ import io
 import json
 import ssl
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
@@ -24,6 +24,8 @@ from bigray.data.features import FeatureSchema, table_to_records
 from bigray.errors import DeployError, SpecError
 from bigray.inference import Predictions
 
+T = TypeVar("T")
+
 TIMEOUT_S = 30.0
 ROWS_PER_REQUEST = 256
 BYTES_PER_REQUEST = 4_000_000
@@ -33,6 +35,10 @@ RETRY_AFTER_S = 0.2
 MOST_RETRY_AFTER_S = 5.0
 PROXY_STARTS_S = 2.0
 """Time for a proxy that has just started to hear of the replicas."""
+NOT_HERE = 501
+"""What the endpoint cannot do, it cannot do a moment later either."""
+DATA = b"data: "
+"""How a line of server-sent events begins that is no comment."""
 MOST_ABSENT_S = 15.0
 """How long an endpoint that has answered before may take no connections, as when its proxy is replaced."""
 
@@ -55,7 +61,7 @@ class Client:
         with bigray.Client("http://127.0.0.1:8000", key="bgr_...") as client:
             client.predict([{"x": 1.0}])
 
-    Predictions change nothing, so what fails by the connection or by a 5xx is asked once more, of whichever replica
+    A question changes nothing, so what fails by the connection or by a 5xx is asked once more, of whichever replica
     answers then. Where the endpoint says when to come back (`Retry-After`), that is waited for, up to 5 s; where it
     takes no connections and has before, up to 15 s.
     """
@@ -128,6 +134,54 @@ class Client:
         prediction: dict[str, Any] = self.request("POST", "/predict", content, {"content-type": kind})["predictions"][0]
         return prediction
 
+    def explain(self, records: Sequence[Mapping[str, Any]], *, sticky: str | None = None) -> list[dict[str, Any]]:
+        """`POST /explain`, in one request: what each column or pixel adds to the answer, for a few records, in order.
+
+        Each has `attributions`, by column or in the shape of the picture, which add up to `output - base`.
+        """
+        headers = {"x-bigray-key": sticky} if sticky else {}
+        body = _body([_row(record) for record in records])
+        explanations: list[dict[str, Any]] = self.request("POST", "/explain", body, headers)["explanations"]
+        return explanations
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | None = None,
+        sticky: str | None = None,
+    ) -> Iterator[str]:
+        """`POST /generate`: the text after a prompt, piece by piece as it comes; what is None, the endpoint chooses.
+
+        It is asked for when the first piece is, and again as `predict` is until that is here; never after it. To leave
+        the iterator ends the text, and the connection with it.
+
+        Raises:
+            DeployError: nothing answers, it is an error, or the text broke off.
+        """
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed, "stop": stop}
+        asked = {"prompt": prompt, **{name: value for name, value in options.items() if value is not None}}
+        headers = {"content-type": "application/json", **({"x-bigray-key": sticky} if sticky else {})}
+        stream = self._ask("POST", "/generate", orjson.dumps(asked), headers, _TextStream)
+        try:
+            yield from self._text(stream)
+        finally:
+            if not stream.is_done:
+                self._connection.close()  # what is left of it would be taken for the next answer
+
+    def _text(self, stream: _TextStream) -> Iterator[str]:
+        path = f"{self.url}/generate"
+        try:
+            yield from stream.pieces()
+        except (OSError, http.client.HTTPException) as error:
+            raise DeployError(f"{path}: the text broke off: {' '.join(str(error).split())[:200]}") from error
+        if stream.fault is not None:
+            raise DeployError(f"{path}: the text broke off: {stream.fault}")
+
     def card(self) -> dict[str, Any]:
         """The live version's model card: metrics, data, lineage, schema."""
         card: dict[str, Any] = self.request("GET", "/card")
@@ -153,10 +207,28 @@ class Client:
         Raises:
             DeployError: nothing answers, or it is an error, whose text is passed on.
         """
+        return self._ask(method, path, body, headers or {}, _read)
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        receive: Callable[[http.client.HTTPResponse], T],
+    ) -> T:
+        """What `receive` makes of an answer with status 200; where it cannot read it, that is asked once more."""
         for attempt in range(self._retries + 1):
             is_last = attempt == self._retries
             try:
-                status, answer = self._exchange(method, path, body, headers or {})
+                self._connection.request(method, self._parts.path + path, body, {**self._headers, **headers})
+                answer = self._connection.getresponse()
+                status = answer.status
+                if status == 200:
+                    received = receive(answer)
+                    self._has_answered = True
+                    return received
+                refused = _read(answer)
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
                 if is_last:
@@ -165,11 +237,11 @@ class Client:
                 self._wait_for_listener()
                 continue
             self._has_answered = True
-            if status == 200:
-                return answer
-            if is_last or (status < 500 and not _is_of_a_proxy(status, answer)):
-                raise DeployError(f"{self.url}{path}: answered {status}: {self._error_text(answer.body, path, status)}")
-            time.sleep(PROXY_STARTS_S if status == 404 else _wait_s(answer.headers))
+            is_final = status < 500 or status == NOT_HERE
+            if is_last or (is_final and not _is_of_a_proxy(status, refused)):
+                text = self._error_text(refused.body, path, status)
+                raise DeployError(f"{self.url}{path}: answered {status}: {text}")
+            time.sleep(PROXY_STARTS_S if status == 404 else _wait_s(refused.headers))
         raise AssertionError("the last attempt returns or raises")
 
     def _wait_for_listener(self) -> None:
@@ -184,13 +256,6 @@ class Client:
             else:
                 return
 
-    def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> tuple[int, Response]:
-        self._connection.request(method, self._parts.path + path, body, {**self._headers, **headers})
-        answer = self._connection.getresponse()
-        content = answer.read()
-        found = {name.lower(): value for name, value in answer.getheaders()}
-        return answer.status, Response(content, found.get("x-bigray-version", ""), found.get("x-request-id", ""), found)
-
     def _error_text(self, content: bytes, path: str, status: int) -> Any:
         document = self._parsed(content, path, status)
         return document.get("error", document) if isinstance(document, dict) else document
@@ -201,6 +266,48 @@ class Client:
         except ValueError:
             start = content[:80].decode(errors="replace")
             raise DeployError(f"{self.url}{path}: answered {status} with something else than JSON: {start}") from None
+
+
+class _TextStream:
+    """The server-sent events of a text, read up to the first of them."""
+
+    def __init__(self, answer: http.client.HTTPResponse) -> None:
+        self._answer = answer
+        self.is_done = False
+        """The answer is read to its end."""
+        self.fault: str | None = None
+        self._first = self._next()
+
+    def pieces(self) -> Iterator[str]:
+        """Until the event that is the last one, which may tell a fault."""
+        event = self._first
+        while "text" in event:
+            yield str(event["text"])
+            event = self._next()
+        self.fault = event.get("error")
+        self._answer.read()
+        self.is_done = True
+
+    def _next(self) -> dict[str, Any]:
+        while line := self._answer.readline():
+            if line.startswith(DATA):
+                return self._parsed(line.removeprefix(DATA))
+        raise http.client.HTTPException("the connection ended in it")
+
+    def _parsed(self, data: bytes) -> dict[str, Any]:
+        try:
+            event = json.loads(data)
+        except ValueError as error:
+            raise http.client.HTTPException(f"an event is not JSON: {error}") from None
+        if not isinstance(event, dict):
+            raise http.client.HTTPException("an event is no object")
+        return event
+
+
+def _read(answer: http.client.HTTPResponse) -> Response:
+    content = answer.read()
+    found = {name.lower(): value for name, value in answer.getheaders()}
+    return Response(content, found.get("x-bigray-version", ""), found.get("x-request-id", ""), found)
 
 
 def fetch_json(url: str, *, verify: bool | str = True) -> Any:

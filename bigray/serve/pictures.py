@@ -1,88 +1,34 @@
-"""Pictures are decoded beside the event loop, so that other requests go on meanwhile (replica)."""
+"""Which bodies are decoded beside the event loop: a picture, and JSON with pictures in it (replica)."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+import re
+from collections.abc import Mapping
 
-from bigray.serve.http import Refusal, try_again_in
-
-T = TypeVar("T")
+from bigray.bundle import BundleManifest
+from bigray.serve.desk import Desk
+from bigray.serve.http import Request
+from bigray.serve.wire.bodies import is_json
 
 MOST_WAITING = 128
 """However fast they are decoded."""
-SMOOTHING = 0.2
-"""Share of a new picture in the running measure of seconds a picture."""
+TEXT_VALUE = re.compile(rb':[ \t\n\r]*"')
+"""Where an object of JSON has text for a value. Nothing of it can be written in another way, as letters can."""
+
+
+def picture_desk(timeout_s: float, max_queue_s: float) -> Desk:
+    """`timeout_s` for one picture, its wait included; `max_queue_s` of work may be there before another."""
+    return Desk("pictures wait to be decoded", timeout_s, max_queue_s, MOST_WAITING)
 
 
 def is_picture(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether a body is said to be one; a JSON body costs less to decode than to hand over."""
+    """Whether a body is said to be one."""
     return b"image/" in headers.get(b"content-type", b"").lower()
 
 
-class PictureDesk:
-    """One thread, one picture after the other: what a decoder takes of memory, it takes once (event loop).
-
-    A picture of a few kB can take seconds, and it is decoded long after its body has been counted: so what waits is
-    bounded in time, by what pictures have taken so far.
-    """
-
-    def __init__(self, timeout_s: float, max_queue_s: float) -> None:
-        """`timeout_s` for one picture, its wait included; `max_queue_s` of work may be there before another."""
-        self._timeout_s, self._max_queue_s = timeout_s, max_queue_s
-        self._jobs: list[Future[Any]] = []
-        """Those that wait and the one in the thread, whether or not somebody waits for them still."""
-        self._seconds_each: float | None = None
-        self._began: float | None = None
-        """The picture in the thread. The thread writes both, the event loop only reads them."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bigray-pictures")
-
-    def check_room(self) -> None:
-        """Raise a 503 where a picture would wait too long; asked before its body is read. An idle desk has room."""
-        self._forget_done()
-        waiting, backlog_s = len(self._jobs), self._backlog_s()
-        if waiting and (waiting >= MOST_WAITING or backlog_s > self._max_queue_s):
-            raise Refusal(
-                503,
-                f"overloaded: {waiting} pictures wait to be decoded, about {backlog_s:.1f} s of work; try again later",
-                try_again_in(backlog_s),
-            )
-
-    async def run(self, decode: Callable[..., T], *arguments: object) -> T:
-        """`decode(*arguments)` in the thread.
-
-        Raises:
-            Refusal: 503, too many wait already; 504, it was not done in time. One that has begun goes on in the
-                thread, which nothing can stop, but nobody waits for it any more.
-        """
-        self.check_room()
-        job = self._thread.submit(self._timed, decode, *arguments)
-        self._jobs.append(job)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await asyncio.wrap_future(job)  # to cancel this takes a job out that has not begun
-        except TimeoutError:
-            raise Refusal(504, f"no answer within {self._timeout_s:g} s") from None
-        finally:
-            self._forget_done()
-
-    def _timed(self, decode: Callable[..., T], *arguments: object) -> T:
-        began = self._began = time.perf_counter()
-        try:
-            return decode(*arguments)
-        finally:
-            seconds, before = time.perf_counter() - began, self._seconds_each
-            self._seconds_each = seconds if before is None else before + SMOOTHING * (seconds - before)
-            self._began = None
-
-    def _backlog_s(self) -> float:
-        """Of the jobs; the one in the thread counts for what it has taken already, where that is more than usual."""
-        began, each_s = self._began, self._seconds_each or 0.0
-        taken_s = 0.0 if began is None else time.perf_counter() - began
-        return len(self._jobs) * each_s + max(taken_s - each_s, 0.0)
-
-    def _forget_done(self) -> None:
-        self._jobs = [job for job in self._jobs if not job.done()]
+def may_hold_pictures(request: Request, manifest: BundleManifest) -> bool:
+    """Whether records in JSON may have some in base64. A body of numbers costs less to decode than to hand over."""
+    column = manifest.inputs.columns[0]
+    if column.kind != "image" or not is_json(request.header(b"content-type")):
+        return False
+    return bool(request.header(b"content-encoding")) or TEXT_VALUE.search(request.body) is not None

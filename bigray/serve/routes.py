@@ -47,7 +47,9 @@ GENERATE, EXPLAIN = "/generate", "/explain"
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request leads: to a handler, or to a model by way of `decode` or, where it writes text, `generates`."""
+    """Where a request leads: to a handler, to a model by way of `decode` or, where it writes text, `generates`, or with
+    decoded rows to the desk that explains what the model says of them.
+    """
 
     kind: str
     """One of a closed set of words, for metrics."""
@@ -58,6 +60,7 @@ class Route:
     """None for the channel's own model."""
     version: str | None = None
     generates: DecodeGeneration | None = None
+    explains: ExplanationDesk | None = None
 
 
 class Router:
@@ -71,7 +74,7 @@ class Router:
         metrics: Numbers,
         explanations: ExplanationDesk | None = None,
     ) -> None:
-        """Without a desk nothing is explained."""
+        """Without a desk nothing is explained: there is no such route."""
         self._store, self._max_body_bytes, self._explanations = store, max_body_bytes, explanations
         self._table = self._build_table(stats, metrics)
         self._model_table = self._build_model_table()
@@ -130,7 +133,7 @@ class Router:
             "/": {"GET": _route("page", OPEN, self._root)},
             "/predict": {"POST": _question("predict", self._decode_predict)},
             GENERATE: {"POST": _generation(self._decode_generation)},
-            EXPLAIN: {"POST": _route("explain", PREDICT, self._explain)},
+            **self._explanation(),
             "/card": {"GET": _route("page", PREDICT, self._card)},
             "/stats": {"GET": _route("stats", PREDICT, _ignoring_request(stats))},
             "/metrics": {"GET": _route("metrics", PREDICT, _ignoring_request(metrics))},
@@ -148,7 +151,13 @@ class Router:
             "/config": {"GET": _route("other", PREDICT, self._config)},
             "/infer": {"POST": _question("infer", self._decode_infer)},
             GENERATE: {"POST": _generation(self._decode_generation)},
+            **self._explanation(),
         }
+
+    def _explanation(self) -> dict[str, dict[str, Route]]:
+        if self._explanations is None:
+            return {}
+        return {EXPLAIN: {"POST": Route("explain", PREDICT, None, self._decode_predict, explains=self._explanations)}}
 
     def _decode_predict(self, request: Request, model: LoadedModel) -> Question:
         rows = bodies.decode_predict(self._plain_body(request), request.header(b"content-type"), model.manifest)
@@ -164,14 +173,6 @@ class Router:
 
     def _decode_generation(self, request: Request, model: LoadedModel) -> GenerationRequest:
         return decode_generation(self._plain_body(request), request.header(b"content-type"), model.manifest)
-
-    async def _explain(self, request: Request) -> Answer:
-        live = self._store.view.live
-        if self._explanations is None:
-            raise Refusal(501, "nothing is explained here")
-        self._explanations.check_supported(live)
-        rows = bodies.decode_predict(self._plain_body(request), request.header(b"content-type"), live.manifest)
-        return _json({"model": live.name, "version": live.version, **await self._explanations.explain(live, rows)})
 
     def _plain_body(self, request: Request) -> bytes:
         encoding = request.header(b"content-encoding")
@@ -196,7 +197,7 @@ class Router:
 
     async def _openapi(self, request: Request) -> Answer:
         live = self._store.view.live
-        return _json(openapi_document(live.manifest, live.version))
+        return _json(openapi_document(live.manifest, live.version, explains=self._explains(live)))
 
     async def _index(self, request: Request) -> Answer:
         versions = {self._store.view.live.name: list(self._store.view.held)}

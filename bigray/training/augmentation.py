@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigray.data.row_file import RowFile
 from bigray.errors import SpecError
 from bigray.specs import AugmentSpec
 
@@ -56,7 +57,7 @@ class Augmented:
 class Augmentation:
     """The changes that a job asks for; none without a spec."""
 
-    def __init__(self, spec: AugmentSpec | None, x_train: NDArray[np.float32]) -> None:
+    def __init__(self, spec: AugmentSpec | None, x_train: NDArray[np.float32] | RowFile) -> None:
         """`x_train` (rows, H, W) or (rows, C, H, W) as the model sees them.
 
         Raises:
@@ -102,7 +103,7 @@ def _of_kornia(spec: AugmentSpec) -> str | None:
     return next((name for name in names if getattr(spec, name)), None)
 
 
-def _image_changes(spec: AugmentSpec, x_train: NDArray[np.float32]) -> Iterator[ImageChange]:
+def _image_changes(spec: AugmentSpec, x_train: NDArray[np.float32] | RowFile) -> Iterator[ImageChange]:
     """In the order of the fields of the spec; each takes (rows, C, H, W)."""
     if spec.crop:
         yield lambda x: _crop(x, spec.crop)
@@ -157,7 +158,7 @@ def _colour(spec: AugmentSpec, kornia: Any) -> ImageChange:
     return change
 
 
-def _in_unit_range(change: ImageChange, x_train: NDArray[np.float32]) -> ImageChange:
+def _in_unit_range(change: ImageChange, x_train: NDArray[np.float32] | RowFile) -> ImageChange:
     import torch
 
     images = x_train[:RANGE_ROWS]

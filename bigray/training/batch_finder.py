@@ -22,13 +22,14 @@ import torch.distributed as dist
 
 from bigray.data.dataset import TrainingArrays
 from bigray.errors import StorageError, TrainingFailed
+from bigray.host_memory import host_memory, shown
 from bigray.models import build_model
 from bigray.models.resolve import code_hash
 from bigray.paths import RunPaths
 from bigray.specs import TrialSpec, digest
 from bigray.training.fsdp import shard_module
 from bigray.training.loop import Worker
-from bigray.training.memory import host_memory, peak_growth_bytes, shown
+from bigray.training.memory import peak_growth_bytes
 from bigray.training.optimization import make_optimizer, make_scaler
 from bigray.training.recomputation import recompute_blocks
 from bigray.training.tasks import load_task, sample_losses

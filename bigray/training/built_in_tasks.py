@@ -86,10 +86,12 @@ class Regression:
     def metrics(self, num_outputs: int) -> dict[str, torchmetrics.Metric]:
         from torchmetrics import regression
 
+        from bigray.training.r2 import R2
+
         return {
             "val_mse": regression.MeanSquaredError(**_NO_SYNC),
             "val_mae": regression.MeanAbsoluteError(**_NO_SYNC),
-            "val_r2": regression.R2Score(**_NO_SYNC),
+            "val_r2": R2(**_NO_SYNC),
         }
 
     def predict(self, outputs: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from bigray.bundle import GOLDEN_ROWS, BundleManifest, Golden, ModelCard, save_bundle
+from bigray.data.row_file import RowFile
 from bigray.data.targets import Targets
 from bigray.errors import StorageError
 from bigray.inference import row_outputs
@@ -32,7 +33,7 @@ def export_bundle(
     paths: RunPaths,
     trial: TrialSpec,
     manifest: BundleManifest,
-    sample: NDArray[np.float32],
+    sample: NDArray[np.float32] | RowFile,
     *,
     golden_rows: NDArray[np.float32] | None = None,
     targets: Targets | None = None,
@@ -85,7 +86,7 @@ def _ask_golden(module: torch.nn.Module, rows: NDArray[np.float32], manifest: Bu
 
 
 def _forward_in_parts(
-    module: torch.nn.Module, sample: NDArray[np.float32], on_progress: Callable[[], object]
+    module: torch.nn.Module, sample: NDArray[np.float32] | RowFile, on_progress: Callable[[], object]
 ) -> NDArray[np.float32]:
     """Outputs of all rows, (rows, num_outputs)."""
     answers = []

@@ -85,7 +85,8 @@ def open_groups(
 ) -> Iterator[WorkerGroups]:
     """Hold `count` groups for the length of a `with` block (driver). They start in the background.
 
-    The training arrays, also those of each fold, go into the object store once. On Ctrl-C or SIGTERM, call `hold_all`
+    The training arrays, also those of each fold, go into the object store once; rows that are streamed stay in their
+    files. On Ctrl-C or SIGTERM, call `hold_all`
     before the block is left.
     """
     # no CPU of its own: the groups' workers may hold every CPU there is; on the driver's node, whose end ends the run
@@ -96,6 +97,7 @@ def open_groups(
         group=NO_GROUP,
         switchboard=switchboard,
         data=ray.put(dataset.arrays),
+        driver_node=here.node_id,
         folds=tuple(ray.put(fold.arrays()) for fold in folds),
         num_outputs=dataset.outputs.num_outputs,
         paths=paths,

@@ -31,6 +31,7 @@ from bigray.data.batches import (
     worker_share,
 )
 from bigray.data.dataset import TrainingArrays
+from bigray.data.row_file import RowFile
 from bigray.errors import OutOfMemory
 from bigray.specs import TrialSpec
 from bigray.training import fsdp
@@ -480,13 +481,13 @@ class TrialTraining:
             dist.all_reduce(total)
         return total
 
-    def _load(self, array: NDArray[Any], rows: IndexArray) -> torch.Tensor:
-        """Copy rows out of the shared read-only array and onto the device.
+    def _load(self, array: NDArray[Any] | RowFile, rows: IndexArray) -> torch.Tensor:
+        """Copy rows out of the shared read-only array, or the file, and onto the device.
 
         Into torch's memory, not numpy's: kernels give the same bits at addresses of the same alignment.
         """
         tensor = torch.empty((len(rows), *array.shape[1:]), dtype=_DTYPES[array.dtype])
-        np.take(array, rows, axis=0, out=tensor.numpy(), mode="clip")
+        array.take(rows, axis=0, out=tensor.numpy(), mode="clip")
         if self.worker.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.worker.device, non_blocking=True)

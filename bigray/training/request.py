@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bigray.cross_validation import of_fold
 from bigray.data.batches import steps_per_epoch
-from bigray.data.dataset import Dataset, prepare_dataset
-from bigray.data.folds import Fold, prepare_folds
+from bigray.data.dataset import Dataset
+from bigray.data.folds import Fold, prepare_with_folds
 from bigray.data.preprocessing import Preprocessing
 from bigray.errors import SpecError
 from bigray.models import build_model, cnn, language_model, load_factory, mlp, resnet, transformer
 from bigray.models.cnn import check_images
 from bigray.models.language_model import check_language_model
-from bigray.models.mlp import check_embeddings
+from bigray.models.mlp import check_mlp
 from bigray.models.resnet import check_resnet
 from bigray.models.resolve import code_hash
-from bigray.models.transfer import start_from, weights_sha256
+from bigray.models.transfer import keep_zeros_fault, start_from, weights_sha256
 from bigray.models.transformer import check_tokens
 from bigray.specs import METRICS, JobSpec, ModelSpec, TrainingSpec, TrialSpec, digest
 from bigray.training.augmentation import augment_faults
@@ -35,7 +35,7 @@ _CHOOSY = ("adafactor", "rprop")
 _CHECKS: dict[Callable[..., Any], Callable[..., None]] = {
     cnn: check_images,
     language_model: check_language_model,
-    mlp: check_embeddings,
+    mlp: check_mlp,
     resnet: check_resnet,
     transformer: check_tokens,
 }
@@ -126,8 +126,7 @@ def make_request(
     Raises:
         SpecError: with one line for each fault of the data, the models, the task, the loop and the other settings.
     """
-    dataset = prepare_dataset(job.data, job.training.target_kind, job.training.positive)
-    folds = prepare_folds(job.data, job.training.target_kind, job.training.positive)
+    dataset, folds = prepare_with_folds(job.data, job.training.target_kind, job.training.positive)
     asked = job
     job, trials = _with_embeddings(job, trials, dataset, folds)
     fewest_rows = min(dataset.num_rows["train"], *(len(fold.train) for fold in folds), sys.maxsize)
@@ -266,7 +265,10 @@ def _code_faults(trials: Sequence[TrialSpec], num_outputs: int) -> Iterable[str]
 
 
 def _setting_faults(trials: Sequence[TrialSpec], dataset: Dataset) -> Iterable[str]:
-    for training in (trial.training for trial in trials):
+    for trial in trials:
+        training = trial.training
+        if fault := keep_zeros_fault(trial.model, training):
+            yield f"models.{trial.model_name}.{fault}"
         yield from class_weight_faults(training, dataset.outputs.num_outputs)
         yield from augment_faults(training.augment, dataset.model_input_shape)
         if _only_torch_can_tell(training):

@@ -112,7 +112,7 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     is_population = request.search is not None and request.search["scheduler"] == "pbt"
     trials = known_trials(request, earlier)
     housekeeping = Housekeeping(paths, trials, journal.attempt, keep_best, earlier, is_population=is_population)
-    journal.append("attempt", plan=plan.to_json())
+    journal.append("attempt", plan=plan.to_json(), notes=list(request.dataset.notes))
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
     with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt, request.folds) as groups:
         with _event_stream(groups, journal, housekeeping, listener) as is_unheard:
@@ -195,6 +195,8 @@ def _tell_start(request: RunRequest, paths: RunPaths, events: Sequence[Mapping[s
         listener(Event("resuming", "", {**values, "step": step, "ended": len(ended)}))
     else:
         listener(Event("starting", "", values))
+    for note in request.dataset.notes:
+        listener(Event("note", "", {"text": note}))
 
 
 @contextlib.contextmanager
@@ -264,6 +266,7 @@ def make_board(
         cross_validation=cross_validate(results, len(request.folds), metric, mode) if request.search is None else (),
         slots=slots(events),
         training_wall_s=training_wall_s(events),
+        notes=request.dataset.notes,
     )
 
 
@@ -358,6 +361,7 @@ def _run_document(request: RunRequest, paths: RunPaths) -> dict[str, Any]:
         "data": {
             "fingerprint": request.dataset.fingerprint,
             "rows": request.dataset.num_rows,
+            "notes": list(request.dataset.notes),
             "folds": [{"train": len(fold.train), "validation": len(fold.validation)} for fold in request.folds],
             "inputs": request.dataset.inputs.model_dump(mode="json"),
             "outputs": request.dataset.outputs.model_dump(mode="json"),

@@ -27,3 +27,5 @@ class GroupSetup:
     max_rss_gb: float | None = None
     folds: tuple[Any, ...] = ()
     """As `data`, of each fold of `data.k_folds`."""
+    driver_node: str = ""
+    """Where the files are, if inputs are streamed from disk."""

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from bigray.data.batches import IndexArray, epoch_order, global_batch, steps_per_epoch
 from bigray.data.dataset import TrainingArrays
+from bigray.data.row_file import RowFile
 from bigray.errors import StorageError, last_line
 from bigray.models import build_model
 from bigray.specs import TrialSpec
@@ -390,9 +390,9 @@ class StackedTraining:
             },
         )
 
-    def _load(self, array: NDArray[Any], rows: IndexArray) -> torch.Tensor:
-        """Rows of a shared read-only array, on the device."""
-        tensor = torch.from_numpy(np.take(array, rows, axis=0, mode="clip"))
+    def _load(self, array: NDArray[Any] | RowFile, rows: IndexArray) -> torch.Tensor:
+        """Rows of a shared read-only array or of a file, on the device."""
+        tensor = torch.from_numpy(array.take(rows, axis=0, mode="clip"))
         return tensor if self.worker.device.type == "cpu" else tensor.pin_memory().to(self.worker.device)
 
 

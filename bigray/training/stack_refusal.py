@@ -10,10 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from bigray.data.dataset import TrainingArrays
+from bigray.data.row_file import RowFile
 from bigray.errors import SpecError, last_line
+from bigray.host_memory import host_memory, shown
 from bigray.models import build_model
 from bigray.specs import TrainingSpec, TrialSpec
-from bigray.training.memory import host_memory, shown
 from bigray.training.replica import seed_generator
 from bigray.training.stacked_loss import make_loss
 from bigray.training.stacked_network import make_network
@@ -34,8 +35,10 @@ def why_not_stacked(
     """What keeps the trial from being stacked, or None. Builds the module and tries one tiny step of it."""
     if (reason := next(_settings_against(trial.training), None)) is not None:
         return reason
-    if trial.model.weights is not None or trial.model.freeze:
-        return "weights and freeze are of models trained alone"
+    if trial.model.weights is not None or trial.model.freeze:  # keep_zeros needs weights
+        return "weights, freeze and keep_zeros are of models trained alone"
+    if isinstance(data.x_train, RowFile):
+        return "the rows are streamed from disk, which is read once for each step of each trial"
     seed_generator(device, trial.seed)
     try:
         module = build_model(trial.model.factory, trial.model.params, data.x_train.shape[1:], num_outputs).to(device)

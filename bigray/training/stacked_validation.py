@@ -25,7 +25,7 @@ class StackedValidation:
         self, spec: TrainingSpec, task: Task, num_outputs: int, data: TrainingArrays, device: torch.device
     ) -> None:
         self._spec, self._task, self._num_outputs = spec, task, num_outputs
-        self._x = torch.from_numpy(data.x_val.copy()).to(device)
+        self._x = torch.from_numpy(data.x_val[:].copy()).to(device)
         self._y = torch.from_numpy(data.y_val.copy()).to(device)
 
     def measure(self, network: StackedNetwork, num_lanes: int) -> list[dict[str, float]]:
@@ -114,10 +114,12 @@ class _Errors:
     def __init__(self, num_lanes: int, device: torch.device) -> None:
         from torchmetrics import regression
 
+        from bigray.training.r2 import R2
+
         self._metrics = {
             "val_mse": regression.MeanSquaredError(num_outputs=num_lanes, sync_on_compute=False).to(device),
             "val_mae": regression.MeanAbsoluteError(num_outputs=num_lanes, sync_on_compute=False).to(device),
-            "val_r2": regression.R2Score(multioutput="raw_values", sync_on_compute=False).to(device),
+            "val_r2": R2(multioutput="raw_values", sync_on_compute=False).to(device),
         }
 
     def add(self, outputs: torch.Tensor, y: torch.Tensor) -> None:

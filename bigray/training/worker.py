@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError
 
 from bigray.data.dataset import TrainingArrays
 from bigray.errors import BigrayError, OutOfMemory, StorageError, TrainingFailed
+from bigray.host_memory import host_memory
 from bigray.results import Ledger
 from bigray.specs import TrialSpec
 from bigray.training.allocator import keep_freed_memory
@@ -47,9 +48,9 @@ from bigray.training.export import export_bundle
 from bigray.training.heartbeat import Heartbeat
 from bigray.training.isolation import CleanState, seed_everything
 from bigray.training.lanes import beginnings_of, next_to_train, read_trial, save_as_own, states_at, states_of
+from bigray.training.local_rows import let_go, local_arrays
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.membership import Member, Place
-from bigray.training.memory import host_memory
 from bigray.training.process_group import broadcast_object, process_group
 from bigray.training.recycling import must_be_fresh, rss_limit_bytes, subjects
 from bigray.training.reporting import Reporter
@@ -133,7 +134,7 @@ class _Process:
     def __init__(self, setup: GroupSetup, member: Member, device: torch.device) -> None:
         self.setup, self.member, self.device = setup, member, device
         self.board = setup.switchboard
-        self._data: TrainingArrays = ray.get(setup.data)
+        self._data: TrainingArrays = local_arrays(ray.get(setup.data), setup.driver_node)
         self._fold: tuple[int, TrainingArrays] | None = None
         """The fold that was trained last, and its rows."""
         self.reporter = Reporter(lambda events: ray.get(self.board.push_all.remote(events)))
@@ -212,6 +213,7 @@ class _Process:
         self.forget()
         with contextlib.suppress(ray.exceptions.RayError):
             self.reporter.close()
+        let_go(self._data)
 
     def _publisher(self, group: int, place: Place) -> Callable[[Address], None]:
         return lambda address: ray.get(self.board.publish.remote(group, place.generation, address))

@@ -42,6 +42,7 @@ def judge_run(
         num_parameters={one.trial_id: one.num_parameters for one in finalists},
         model_names={one.trial_id: one.model_name for one in finalists},
         latency_ms=_latencies(values, events),
+        only_whole="folds" in told[-1],
     )
     if "folds" not in told[-1]:
         return judged
@@ -76,13 +77,15 @@ def judge(
     num_parameters: Mapping[str, int],
     model_names: Mapping[str, str],
     latency_ms: Mapping[str, float] | None = None,
+    only_whole: bool = False,
 ) -> tuple[Finalist, ...]:
     """The finalists, the winner first, then by mean; those without any value last.
 
     `values_by_trial` holds, for each finalist in the order of its trials, the metric of each seed's trial; a seed that
     failed or diverged is left out. The winner is the cheapest of those whose interval overlaps that of the best mean:
     fewest parameters, then the faster model, then the better mean, then the earlier trial. Who has less than two values
-    has no interval, and wins only where nobody has more.
+    has no interval, and wins only where nobody has more. With `only_whole` nobody wins who has fewer values than another:
+    means over different folds cannot be compared.
 
     Raises:
         TrainingFailed: not one seed of any finalist reached a metric.
@@ -95,7 +98,8 @@ def judge(
     if most == 0:
         raise TrainingFailed("finalists: every seed of every finalist failed or diverged; there is no winner")
     sign = 1.0 if mode == "max" else -1.0
-    able = [trial for trial, values in finite.items() if len(values) >= min(2, most)]
+    enough = most if only_whole else min(2, most)
+    able = [trial for trial, values in finite.items() if len(values) >= enough]
     best = max(able, key=lambda trial: sign * fmean(finite[trial].values()))  # of equals the first
     around_best = mean_interval(tuple(finite[best].values()))
 
@@ -134,7 +138,7 @@ def why_it_won(finalists: Sequence[Finalist], metric: str, mode: Mode, model_nam
     if not tied:
         rival = rivals[0]
         told = f"{name}: {metric} {_shown(winner)} against {_shown(rival)} of {rival.trial_id}"
-        if len(rival.values) < 2:
+        if len(rival.values) < (len(winner.values) if rival.over == "folds" else 2):
             return f"{told}, which has too few {rival.over} to win"
         return f"{told}; the intervals do not overlap"
     rival = _cheapest(tied, sign, model_names)

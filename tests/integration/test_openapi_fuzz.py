@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import hypothesis
 import pytest
 import schemathesis
@@ -12,17 +14,31 @@ from bigray.data.features import Column
 from bigray.serve.sample import write_sample_bundle
 from bigray.serve.standalone import standalone_app
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 SETTINGS = hypothesis.settings(
     max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 
-@pytest.fixture(scope="module")
-def operations(tmp_path_factory: pytest.TempPathFactory) -> list:
-    columns = (Column(name="width"), Column(name="height"))
+NUMBERS = (Column(name="width"), Column(name="height"))
+MIXED = (
+    Column(name="width"),
+    Column(name="age", nullable=True),
+    Column(name="colour", kind="category", categories=("red", "blue", "1"), nullable=True),
+    Column(name="level", kind="category", categories=("low", "high"), unknown="refuse"),
+    Column(name="born", kind="date", nullable=True),
+)
+
+
+@pytest.fixture(scope="module", params=[NUMBERS, MIXED], ids=["numbers", "mixed"])
+def operations(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list:
     location = write_sample_bundle(
-        str(tmp_path_factory.mktemp("fuzz")), name="area", columns=columns, class_names=("small", "large"), onnx=False
+        str(tmp_path_factory.mktemp("fuzz")),
+        name="area",
+        columns=request.param,
+        class_names=("small", "large"),
+        params={"hidden": [8]},
+        onnx=False,
     )
     app = standalone_app(location, allow_factories=("bigray.models:*",))
     api = schemathesis.openapi.from_asgi("/openapi.json", app)
@@ -43,3 +59,5 @@ def test_what_is_answered_is_what_the_description_says(operations) -> None:
     for operation in operations:
         SETTINGS(hypothesis.given(case=operation.as_strategy())(check))()
     assert {"/predict", "/v2/models/area/infer", "/stats", "/card"} <= asked
+    if importlib.util.find_spec("captum"):
+        assert {"/explain", "/v2/models/area/explain"} <= asked

@@ -106,6 +106,37 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     return storage.child("digits").uri
 
 
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A bundle that goes on with a text of a few letters, untrained."""
+    import safetensors.torch
+    import torch
+
+    from bigray.inference import Predictor
+    from bigray.models import build_model
+
+    letters, context = tuple("abc <>/\n"), 8
+    spec = FactorySpec(factory="bigray.models:language_model", params={"width": 8, "depth": 1, "heads": 2})
+    torch.manual_seed(0)
+    module = build_model(spec.factory, spec.params, (context,), len(letters)).eval()
+    rows = np.random.default_rng(0).integers(0, len(letters), (4, context)).astype(np.float32)
+    column = Column(name="text", shape=(context,), kind="text", categories=letters)
+    manifest = BundleManifest(
+        name="writer",
+        origin=_origin({}),
+        inputs=FeatureSchema(columns=(column,)),
+        preprocessing=fit_preprocessing("none", rows),
+        outputs=OutputSchema(task="language", num_outputs=len(letters), target="next", class_names=letters),
+        factory=spec,
+        example={"text": rows[0].tolist()},
+    )
+    storage = open_storage(str(tmp_path_factory.mktemp("bundles")))
+    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in module.state_dict().items()})
+    answers = Predictor(ModelBundle(manifest, weights, None, "0" * 12)).outputs(rows)
+    save_bundle(storage, "writer", manifest, weights, None, Golden(rows, answers))
+    return storage.child("writer").uri
+
+
 def _fit(module: Any, inputs: Any, targets: Any) -> None:
     import torch
 
@@ -537,6 +568,118 @@ def test_what_is_no_json_is_told_without_asking_the_server(page: Page, tmp_path:
         assert page.problem().startswith("The value is not JSON: ")
 
 
+# ---- why ----
+
+
+def parts_of(page: Page) -> list[list[str]]:
+    """Name, value and share of each column that is told, in order."""
+    items = page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#explanation-body .parts li"))
+    return [[one.text for one in item.find_elements(By.CSS_SELECTOR, ".name, .given, .share")] for item in items]
+
+
+def test_each_column_is_told_with_its_value_and_what_it_adds(page: Page, tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    from bigray.explanation.integrated_gradients import explain_rows
+
+    columns = [Column(name="age", nullable=True), Column(name=HOSTILE), Column(name="born", kind="date")]
+    bundle = ModelBundle.load(location := sample(tmp_path, columns, name="people at home"))
+    with served(app_of(location)) as url:
+        page.open(url).find("example").click()
+        page.answer()
+        page.find("explain").click()
+        parts = parts_of(page)
+        example = bundle.manifest.example
+        (expected,) = explain_rows(bundle, bundle.manifest.inputs.from_records([example])).attributions
+        by_name = dict(zip(bundle.manifest.inputs.columns, expected.tolist(), strict=True))
+        order = sorted(by_name.items(), key=lambda one: -abs(one[1]))
+        assert [name for name, *_ in parts] == [column.name for column, _ in order]
+        for (name, given, share), (_, value) in zip(parts, order, strict=True):
+            assert float(share) == pytest.approx(value, rel=1e-2, abs=1e-3)
+            assert share.startswith("+" if value > 0 else "-") or share == "0"
+            assert given == example[name] if name == "born" else float(given) == pytest.approx(example[name], rel=1e-3)
+        assert "from" in page.text("explanation-note").lower()
+        assert page.browser.find_elements(By.CSS_SELECTOR, "main b") == []
+        page.find("predict").click()
+        page.wait(lambda: not page.browser.find_elements(By.CSS_SELECTOR, ".parts"))
+
+
+def test_over_a_picture_its_pixels_are_red_and_blue(page: Page, endpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    image = pytest.importorskip("PIL.Image")
+    page.open(endpoint).draw(SEVEN)
+    page.answer()
+    page.tab_to("explain")
+    page.press(Keys.ENTER)
+    canvas = page.wait(lambda: page.browser.find_element(By.CSS_SELECTOR, ".heat-map canvas"))
+    assert "speak for \u20187\u2019" in canvas.get_attribute("aria-label")
+    read = "const c = arguments[0]; return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    pixels = np.array(page.run(read, canvas)).reshape(8, 8, 4)[..., :3].astype(int)
+    assert (pixels[..., 0] - pixels[..., 2]).max() > 50
+    assert (pixels[..., 2] - pixels[..., 0]).max() > 50
+    image.fromarray((load_digits().images[1] * 255 / 16).astype(np.uint8)).save(tmp_path / "one.png")
+    page.find("file").send_keys(str(tmp_path / "one.png"))
+    page.wait(lambda: page.text("verdict-text") == "1" and not page.run("return document.querySelector('.stale')"))
+    page.find("explain").click()
+    page.wait(lambda: "\u20181\u2019" in page.text("explanation-body"))
+
+
+def test_an_explanation_that_is_refused_leaves_the_answer_in_sight(page: Page, digits: str, tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    place = tmp_path / "bundle"
+    shutil.copytree(digits.removeprefix("file://"), place)
+    with served(app_of(str(place))) as url:
+        page.open(url).find("example").click()
+        label = page.answer()
+        shutil.rmtree(place)
+        page.find("explain").click()
+        page.wait(lambda: page.is_shown("explanation-problem"))
+        assert page.text("explanation-problem").startswith("503: explain: the bundle of this version cannot be read")
+        assert page.answer() == label
+
+
+# ---- text ----
+
+
+def test_a_text_goes_on_where_the_prompt_ends(page: Page, writer: str) -> None:
+    with served(app_of(writer)) as url:
+        page.open(url)
+        assert (page.text("predict"), page.is_shown("example"), page.is_shown("raw")) == ("Write", False, False)
+        page.find("predict").click()
+        assert page.problem() == "Enter a prompt."
+        assert page.focused() == "prompt"
+        page.find("prompt").send_keys("abc <b>")
+        page.run("arguments[0].value = '25'", page.find("max-tokens"))
+        page.run("arguments[0].value = '0'", page.find("temperature"))
+        ActionChains(page.browser).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
+        page.wait(lambda: page.text("written-status").startswith("25 tokens in "))
+        first = page.find("written-text").get_attribute("textContent")
+        assert len(first) == 25
+        assert page.find("written-prompt").get_attribute("textContent") == "abc <b>"
+        assert page.browser.find_elements(By.CSS_SELECTOR, "#written b") == []
+        assert not page.is_shown("stop")
+        page.browser.find_element(By.CSS_SELECTOR, ".command summary").click()
+        assert page.text("curl").startswith(f"curl -N -X POST '{url}/generate'")
+        page.find("predict").click()
+        page.wait(lambda: page.text("written-status").startswith("25 tokens in "))
+        assert page.find("written-text").get_attribute("textContent") == first
+
+
+def test_a_text_is_stopped_and_what_the_model_does_not_know_is_told(page: Page, writer: str) -> None:
+    app = app_of(writer)
+    with served(app) as url:
+        page.open(url).find("prompt").send_keys("abc")
+        page.run("arguments[0].value = '10000'", page.find("max-tokens"))
+        page.find("predict").click()
+        page.wait(lambda: page.find("written-text").get_attribute("textContent"))
+        page.find("stop").click()
+        page.wait(lambda: page.text("written-status") == "Stopped")
+        assert 0 < len(page.find("written-text").get_attribute("textContent")) < 10_000
+        assert not page.is_shown("stop")
+        page.find("prompt").send_keys("!")
+        page.find("predict").click()
+        assert page.problem().startswith("400: prompt: '!' is not one of the 8 characters")
+
+
 # ---- what surrounds the form ----
 
 
@@ -677,6 +820,9 @@ def whole_page(page: Page, endpoint: str) -> None:
     """Everything in sight: an answer, the command, the lineage."""
     page.open(endpoint).draw(SEVEN)
     page.answer()
+    if page.is_shown("explanation"):
+        page.find("explain").click()
+        page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, ".heat-map"))
     page.run("document.querySelectorAll('details').forEach((one) => (one.open = true))")
 
 

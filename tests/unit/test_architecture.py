@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import bigray
 PACKAGE = Path(bigray.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "specs", "storage", "paths", "results", "presets", "termination"}),
+    frozenset({"errors", "specs", "storage", "paths", "results", "presets", "termination", "host_memory"}),
     frozenset(
         {
             "journal",
@@ -99,6 +100,15 @@ def test_every_part_has_its_place() -> None:
     parts = {name.split(".")[0] for name in _modules()}
 
     assert parts == frozenset().union(*LAYERS) | {"serve"}
+
+
+def test_the_guide_for_contributors_names_the_layers_as_they_are() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    chain, _, serve = text.partition("holds it:")[2].partition("; `serve`\n  knows ")
+    layers = [set(names.split()) for names in re.findall(r"`([^`]+)`", chain)]
+
+    assert layers == [layer - {"__main__"} for layer in LAYERS]
+    assert set(serve.split("`")[1].split()) == SERVE_MAY_IMPORT - {"serve"}
 
 
 @pytest.mark.parametrize("name", sorted(name for name in _modules() if not name.startswith("serve")))

@@ -49,6 +49,17 @@ def _shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, st
         (("--int8", "--prune", "0.5"), "give one of --int8, --prune SHARE and --low-rank SHARE"),
         (("--low-rank", "1"), "--low-rank: use a share between 0 and 1, got 1"),
         (("--prune", "0.5", "--max-drop", "-1"), "--max-drop: use a number from 0, got -1"),
+        (("--prune", "0.5", "--epochs", "2"), "--epochs: is for --fine-tune JOB"),
+        (("--prune", "0.5", "--set", "training.lr=0.1"), "--set: is for --fine-tune JOB"),
+        (("--prune", "0.5", "--fine-tune", "no.toml"), "no.toml: no such file"),
+        (
+            ("--int8", "--fine-tune", "examples/digits/job.toml"),
+            "--fine-tune: is for --prune SHARE, whose zeros it keeps; leave it out with --int8",
+        ),
+        (
+            ("--prune", "0.5", "--fine-tune", "examples/linear/job.toml"),
+            "--fine-tune: the bundle is of model 'mlp', which the job does not have; known: linear",
+        ),
     ],
 )
 def test_what_a_compression_cannot_be_is_one_line_and_exit_2(
@@ -117,3 +128,11 @@ def test_a_bundle_without_a_place_for_its_predictions_is_told(
 
     assert code == 2
     assert err.startswith(f"error: --out: say where the predictions of {bundle} go")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(
+    bundle: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, err = _refused(capsys, "explain", bundle, rows, "--row", "1", "--out", str(tmp_path))
+
+    assert (code, err) == (4, f"error: --out: {tmp_path}: cannot be written: Is a directory\n")

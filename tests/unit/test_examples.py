@@ -71,7 +71,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
 
 
-def _load(name: str, folder: Path) -> JobSpec:
+def load_example(name: str, folder: Path) -> JobSpec:
     overrides = STAND_INS[name](folder) if name in STAND_INS else []
     return load_job(EXAMPLES / name / "job.toml", [*overrides, f"storage={folder}"])
 
@@ -82,7 +82,7 @@ def _prepare(job: JobSpec) -> Dataset:
 
 @pytest.mark.parametrize("name", [*HERE_ALREADY, *STAND_INS])
 def test_an_example_loads_and_its_models_take_its_rows(name: str, tmp_path: Path) -> None:
-    job = _load(name, tmp_path)
+    job = load_example(name, tmp_path)
     dataset = _prepare(job)
     rows = torch.from_numpy(dataset.arrays.x_train[:2])
 
@@ -109,7 +109,7 @@ def test_the_messy_table_is_what_its_script_writes(tmp_path: Path) -> None:
 
 
 def _look(name: str, folder: Path) -> DataReport:
-    job = _load(name, folder)
+    job = load_example(name, folder)
     found = look_at(job.data, job.training.target_kind, job.training.positive)
     assert isinstance(found, TableReport)
     return found.report
@@ -131,7 +131,7 @@ def test_the_messy_table_has_the_faults_that_it_is_there_for(tmp_path: Path) -> 
 
 
 def test_some_towns_of_the_messy_table_are_in_no_training_row(tmp_path: Path) -> None:
-    dataset = _prepare(_load("messy_csv", tmp_path))
+    dataset = _prepare(load_example("messy_csv", tmp_path))
     (city,) = (column for column in dataset.inputs.columns if column.name == "city")
 
     assert set(dataset.holdout.column("city").to_pylist()) - set(city.categories)

@@ -182,6 +182,15 @@ def test_a_source_that_is_not_there_is_told(write_job: WriteJob) -> None:
     assert re.search(r"job\.toml: data\.source: '.*row\.csv': no such file or folder", fault)
 
 
+def test_both_sources_of_a_given_split_that_are_not_there_are_told(write_job: WriteJob, tmp_path: Path) -> None:
+    given = f'train = "{tmp_path}/trian.csv"\ntest = "{tmp_path}/rows.txe"'
+    (tmp_path / "rows.txe").write_text("a,label\n1,0\n")
+    first, second = _faults(write_job((f'source = "{tmp_path}/rows.csv"', given)))
+
+    assert re.search(r"job\.toml: data\.train: '.*trian\.csv': no such file or folder", first)
+    assert re.search(r"job\.toml: data\.test: '.*rows\.txe': unknown kind '\.txe'", second)
+
+
 def test_storage_that_cannot_be_written_is_told(write_job: WriteJob, tmp_path: Path) -> None:
     (fault,) = _faults(write_job((f"{tmp_path}/runs", "/proc/runs")))
 

@@ -27,8 +27,11 @@ def read_parquet(file: SourceFile) -> pa.Table:
         return restore_tensors(opened.read(), file.name)
 
 
-def open_parquet(file: SourceFile) -> ParquetFile:
+def open_parquet(file: SourceFile, buffer_bytes: int = 0) -> ParquetFile:
     """For reading whole or by row groups: no extension type is resolved; `restore_tensors` goes with what is read.
+
+    With `buffer_bytes` a column of a row group is read in pieces of that size, not as a whole; pyarrow's own way holds
+    all row groups until the file is closed.
 
     Raises:
         ValueError, pa.ArrowException, OSError: it is no Parquet file, or cut.
@@ -38,14 +41,15 @@ def open_parquet(file: SourceFile) -> ParquetFile:
     handle = file.open()
     start, footer = _footer(handle)
     if SCHEMA_KEY not in footer:
-        return parquet.ParquetFile(handle)
+        return parquet.ParquetFile(handle, buffer_size=buffer_bytes, pre_buffer=not buffer_bytes)
     if footer.count(SCHEMA_KEY) > 1:
         raise ValueError(f"its footer holds {SCHEMA_KEY.decode()} more than once")
     # Parquet's own reader takes the footer apart, which then has no schema of Arrow for pyarrow to believe
     hidden = footer.replace(SCHEMA_KEY, HIDDEN_SCHEMA_KEY)
     metadata = parquet.ParquetFile(_patched(handle, start, hidden)).metadata.metadata or {}
     safe = _safe_footer(footer, metadata.get(HIDDEN_SCHEMA_KEY))
-    return parquet.ParquetFile(file.open() if safe == footer else _patched(file.open(), start, safe))
+    opened = file.open() if safe == footer else _patched(file.open(), start, safe)
+    return parquet.ParquetFile(opened, buffer_size=buffer_bytes, pre_buffer=not buffer_bytes)
 
 
 def _footer(handle: pa.NativeFile) -> tuple[int, bytes]:

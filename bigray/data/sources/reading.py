@@ -79,6 +79,19 @@ def given_split(source: str) -> tuple[str, str] | None:
     return train, test
 
 
+def parquet_files(source: str) -> tuple[SourceFile, ...] | None:
+    """The files of a source that is Parquet, in the order in which `read_table` joins them; None of any other.
+
+    Raises:
+        SpecError: nothing is there, or files of several kinds.
+    """
+    if FUNCTION.fullmatch(source):
+        return None
+    check_source(source)
+    files = tuple(_of_one_kind(find_files(source), source))
+    return files if files[0].kind == ".parquet" else None
+
+
 def check_source(source: str) -> None:
     """Raise `SpecError` unless the source is there and of a kind `read_table` knows; reads nothing."""
     if FUNCTION.fullmatch(source):

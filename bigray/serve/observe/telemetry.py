@@ -24,7 +24,7 @@ LATENCY_BOUNDS_S = (
 """Upper bounds of the latency buckets, five to a factor of ten; one more bucket holds what took longer."""
 BATCH_BOUNDS_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
-MODEL_ROUTES = frozenset({"predict", "infer", "grpc", "generate"})
+MODEL_ROUTES = frozenset({"predict", "infer", "grpc", "generate", "explain"})
 """Routes that ask the model; only they count as traffic, and not the health checks or the page."""
 SHADOW_ROUTE = "shadow"
 """The route of a mirrored request, whose answer nobody sees: counted for its version, and no traffic."""

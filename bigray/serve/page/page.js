@@ -207,7 +207,7 @@ function drawSpark() {
 // ---- the model card ----
 
 function showCard(next) {
-  const isSameForm = card !== null && JSON.stringify([card.inputs, card.image]) === JSON.stringify([next.inputs, next.image]);
+  const isSameForm = card !== null && JSON.stringify(formOf(card)) === JSON.stringify(formOf(next));
   card = next;
   show($("gate"), false);
   show($("fault"), false);
@@ -221,6 +221,10 @@ function showCard(next) {
   for (const id of ["version", "try", "card"]) show($(id));
   if (!isSameForm) buildForm();
   fillCard();
+}
+
+function formOf({ inputs, image, generates }) {
+  return [inputs, image, generates];
 }
 
 function purpose() {
@@ -338,11 +342,14 @@ function fillLineage(lineage) {
 
 function buildForm() {
   const [first] = card.inputs;
-  const kind = card.image ? "pad" : first.shape.length ? "raw" : "fields";
-  for (const id of ["pad", "fields", "raw"]) show($(id), id === kind);
+  const kind = card.generates ? "text" : card.image ? "pad" : first.shape.length ? "raw" : "fields";
+  for (const id of ["pad", "fields", "raw", "text"]) show($(id), id === kind);
   show($("pad-actions"), kind === "pad");
-  input = { pad: padInput, raw: rawInput, fields: fieldsInput }[kind]();
-  $("invite").textContent = kind === "pad" ? "Draw something, or choose a picture." : "Fill in the form and predict, or just press Predict.";
+  show($("example"), kind !== "text");
+  $("predict").textContent = kind === "text" ? "Write" : "Predict";
+  input = { pad: padInput, raw: rawInput, fields: fieldsInput, text: textInput }[kind]();
+  const invites = { pad: "Draw something, or choose a picture.", text: "Begin a text, and the model goes on with it." };
+  $("invite").textContent = invites[kind] ?? "Fill in the form and predict, or just press Predict.";
   clearAnswer();
 }
 
@@ -512,6 +519,33 @@ function parseValue(text) {
   } catch (error) {
     throw new Error(`The value is not JSON: ${error.message}`);
   }
+}
+
+// a prompt, and how to go on with it
+function textInput() {
+  $("prompt").onkeydown = (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    $("form").requestSubmit();
+  };
+  return {
+    prompt: () => {
+      const prompt = $("prompt").value;
+      if (!prompt) throw fieldProblem("prompt", "Enter a prompt.");
+      return { prompt, max_tokens: settingOf("max-tokens"), temperature: settingOf("temperature") };
+    },
+  };
+}
+
+function settingOf(id) {
+  const value = $(id).valueAsNumber;
+  if (Number.isNaN(value)) throw fieldProblem(id, `Enter a number for '${$(id).labels[0].textContent}'.`);
+  return value;
+}
+
+function fieldProblem(id, message) {
+  $(id).focus();
+  return new Error(message);
 }
 
 // innermost lists on one line each
@@ -745,6 +779,16 @@ function padInput() {
   return {
     reset: () => change({ ...blank, base: exampleLevels(card.example[name]) }),
     file: () => sheet.file?.blob ?? null,
+    // as the model sees it, for what is drawn over it later
+    picture: () => {
+      const picture = make("canvas", { width, height });
+      const context = picture.getContext("2d");
+      context.fillStyle = "#fff";
+      context.fillRect(0, 0, width, height);
+      if (sheet.file) context.drawImage(sheet.file.bitmap, 0, 0, width, height);
+      else drawLevels(context, levels());
+      return picture;
+    },
     record: () => {
       if (isBlank()) throw new Error("Nothing is drawn yet.");
       return { [name]: arranged(levels().map((level) => rounded(low + level * (high - low)))) };
@@ -855,6 +899,7 @@ function drawContained(context, bitmap) {
 
 let asked = 0;
 let soon = 0;
+let answered = null; // the answer in sight: { body, picture, version }
 
 function predictSoon() {
   clearTimeout(soon);
@@ -863,6 +908,7 @@ function predictSoon() {
 
 async function predict() {
   clearTimeout(soon);
+  if (input.prompt) return write();
   const turn = ++asked;
   let body;
   try {
@@ -872,6 +918,7 @@ async function predict() {
   }
   showCurl(body);
   $("predict").setAttribute("aria-busy", "true");
+  const picture = input.picture?.() ?? null;
   const started = performance.now();
   try {
     const response = await request("predict", { method: "POST", headers: { "content-type": body.type }, body: body.content });
@@ -880,7 +927,9 @@ async function predict() {
     if (turn !== asked) return; // a later request is under way
     if (response.status === 401) return askForKey(problem);
     if (problem) return showProblem(problem, response.headers.get("x-request-id"));
-    showAnswer(document.predictions[0], performance.now() - started, response.headers.get("x-bigray-version") ?? document.version);
+    const version = response.headers.get("x-bigray-version") ?? document.version;
+    showAnswer(document.predictions[0], performance.now() - started, version);
+    answered = { body, picture, version };
   } catch (error) {
     if (turn === asked) showProblem(unreachable(error));
   } finally {
@@ -889,9 +938,11 @@ async function predict() {
 }
 
 function requestBody() {
+  const json = { type: "application/json", file: null };
+  if (input.prompt) return { ...json, path: "generate", content: JSON.stringify(input.prompt()) };
   const file = input.file?.() ?? null;
-  if (file) return { type: file.type, content: file, file: file.name };
-  return { type: "application/json", content: JSON.stringify({ records: [input.record()] }), file: null };
+  if (file) return { path: "predict", type: file.type, content: file, file: file.name };
+  return { ...json, path: "predict", content: JSON.stringify({ records: [input.record()] }) };
 }
 
 function clearAnswer() {
@@ -900,8 +951,12 @@ function clearAnswer() {
   $("predict").removeAttribute("aria-busy");
   $("answer-title").parentElement.classList.remove("stale");
   show($("invite"));
-  for (const id of ["verdict", "problem", "bars", "took", "explanation"]) show($(id), false);
+  for (const id of ["verdict", "problem", "bars", "took", "written", "explanation", "stop"]) show($(id), false);
   $("glance").textContent = "";
+  answered = null;
+  writing?.abort();
+  writing = null;
+  clearExplanation();
 }
 
 function markStale() {
@@ -947,11 +1002,193 @@ function showBars(probabilities) {
   );
 }
 
+// ---- why ----
+
+const MOST_PARTS = 30;
+
+function clearExplanation() {
+  show($("explanation-problem"), false);
+  $("explain").removeAttribute("aria-busy");
+  $("explanation-note").textContent = "";
+  $("explanation-body").replaceChildren();
+}
+
+async function explain() {
+  const turn = asked;
+  const { body, picture, version } = answered;
+  clearExplanation();
+  $("explain").setAttribute("aria-busy", "true");
+  $("explanation-note").textContent = "Explaining";
+  try {
+    // of the very version that answered, which a canary's share or a swap would change
+    const path = `v2/models/${encodeURIComponent(card.name)}/versions/${version}/explain`;
+    const response = await request(path, { method: "POST", headers: { "content-type": body.type }, body: body.content });
+    const problem = response.ok ? "" : await readProblem(response);
+    const document = response.ok ? await response.json() : null;
+    if (turn !== asked) return;
+    if (response.status === 401) return askForKey(problem);
+    clearExplanation();
+    if (problem) return showUnexplained(problem);
+    showExplanation(document.explanations[0], body, picture);
+  } catch (error) {
+    if (turn === asked) showUnexplained(unreachable(error));
+  }
+}
+
+function showUnexplained(problem) {
+  clearExplanation();
+  show($("explanation-problem"));
+  $("explanation-problem").textContent = problem;
+}
+
+function showExplanation({ label, base, output, attributions }, body, picture) {
+  const whom = label === undefined ? "a larger value" : `\u2018${label}\u2019`;
+  $("explanation-note").textContent = `From ${number(base)} at the baseline to ${number(output)}, the model's own output: what is above 0 speaks for ${whom}, what is below against it.`;
+  if (picture) return $("explanation-body").replaceChildren(heatMap(attributions, picture, whom));
+  const isTensor = Array.isArray(attributions);
+  const record = body.file === null && !isTensor ? JSON.parse(body.content).records[0] : {};
+  const parts = isTensor ? leaves(attributions, card.inputs[0].name) : Object.entries(attributions);
+  $("explanation-body").replaceChildren(...partsList(parts, record));
+}
+
+// the numbers of a nested list by their places
+function leaves(value, name) {
+  return Array.isArray(value) ? value.flatMap((one, i) => leaves(one, `${name}[${i}]`)) : [[name, value]];
+}
+
+function partsList(parts, record) {
+  const order = [...parts].sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
+  const shown = order.slice(0, MOST_PARTS);
+  const top = Math.abs(shown[0]?.[1] ?? 0) || 1;
+  const list = make("ol", { class: "parts", "aria-labelledby": "explanation-title" }, ...shown.map(([name, value]) => partItem(name, value, record[name], top)));
+  const left = order.length - shown.length;
+  return left > 0 ? [list, make("p", { class: "muted small" }, `and ${WHOLE.format(left)} weaker ones`)] : [list];
+}
+
+function partItem(name, value, given, top) {
+  const bar = make("i", { class: value < 0 ? "against" : "for" });
+  bar.style.setProperty("--share", Math.abs(value) / top);
+  const shown = given === undefined ? "" : given === null ? "missing" : typeof given === "number" ? number(given) : given;
+  return make(
+    "li",
+    {},
+    make("span", { class: "name", title: name }, name),
+    make("span", { class: "given", title: shown }, shown),
+    make("span", { class: "signed", "aria-hidden": "true" }, bar),
+    make("span", { class: "share" }, signed(value)),
+  );
+}
+
+function signed(value) {
+  return value > 0 ? `+${number(value)}` : number(value);
+}
+
+// red and blue over a pale picture, the stronger the more; one pixel must not make all others pale
+function heatMap(attributions, picture, whom) {
+  const { width, height } = picture;
+  const values = attributions.flat();
+  const sizes = values.map(Math.abs).sort((a, b) => a - b);
+  const top = sizes[Math.floor(0.99 * (sizes.length - 1))] || sizes.at(-1) || 1;
+  const context = picture.getContext("2d");
+  const pixels = context.getImageData(0, 0, width, height);
+  values.forEach((value, cell) => {
+    const share = Math.min(1, Math.abs(value) / top);
+    const gray = (pixels.data[4 * cell] + pixels.data[4 * cell + 1] + pixels.data[4 * cell + 2]) / 3;
+    const color = value > 0 ? [214, 39, 40] : [31, 90, 180];
+    for (let i = 0; i < 3; i++) pixels.data[4 * cell + i] = (1 - share) * (127 + gray / 2) + share * color[i];
+    pixels.data[4 * cell + 3] = 255;
+  });
+  const map = make("canvas", { width, height, role: "img", "aria-label": `Heat map over the picture: red pixels speak for ${whom}, blue ones against it` });
+  map.getContext("2d").putImageData(pixels, 0, 0);
+  return make("figure", { class: "heat-map" }, map, make("figcaption", { class: "muted small" }, `Red speaks for ${whom}, blue against it.`));
+}
+
+// ---- text ----
+
+let writing = null; // ends the text that is on its way
+
+async function write() {
+  let body;
+  try {
+    body = requestBody();
+  } catch (error) {
+    return showProblem(error.message);
+  }
+  clearAnswer();
+  showCurl(body);
+  const turn = asked;
+  const control = (writing = new AbortController());
+  show($("invite"), false);
+  show($("stop"));
+  $("predict").setAttribute("aria-busy", "true");
+  try {
+    const response = await request(body.path, { method: "POST", headers: { "content-type": body.type }, body: body.content, signal: control.signal });
+    const problem = response.ok ? "" : await readProblem(response);
+    if (turn !== asked) return;
+    if (response.status === 401) return askForKey(problem);
+    if (problem) return showProblem(problem, response.headers.get("x-request-id"));
+    beginText(JSON.parse(body.content).prompt);
+    await showText(response, turn);
+  } catch (error) {
+    if (turn !== asked) return;
+    if (control.signal.aborted && $("written").hidden) clearAnswer();
+    else if (control.signal.aborted) endText("Stopped");
+    else breakOff(unreachable(error));
+  } finally {
+    if (turn === asked) {
+      show($("stop"), false);
+      $("predict").removeAttribute("aria-busy");
+    }
+  }
+}
+
+function beginText(prompt) {
+  $("written-prompt").textContent = prompt;
+  $("written-text").textContent = "";
+  $("written-status").textContent = "Writing";
+  show($("written"));
+}
+
+async function showText(response, turn) {
+  const started = performance.now();
+  for await (const event of eventsOf(response.body)) {
+    if (turn !== asked) return;
+    if (event.error) return breakOff(event.error);
+    if (event.done) return endText(`${WHOLE.format(event.tokens)} tokens in ${milliseconds(performance.now() - started)}, version ${response.headers.get("x-bigray-version") ?? card.version}`);
+    $("written-text").append(event.text);
+  }
+  if (turn === asked) breakOff("The connection ended before the text did.");
+}
+
+async function* eventsOf(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (let { done, value } = await reader.read(); !done; { done, value } = await reader.read()) {
+      const parts = (rest + value).split("\n\n");
+      rest = parts.pop();
+      for (const part of parts) if (part.startsWith("data: ")) yield JSON.parse(part.slice(6));
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // it may have been ended already
+  }
+}
+
+function endText(status) {
+  $("written-status").textContent = status;
+}
+
+function breakOff(problem) {
+  endText("Broken off");
+  show($("problem"));
+  $("problem").textContent = problem;
+}
+
 // ---- the request as a command ----
 
 function showCurl(body) {
   const data = body.file === null ? `-d ${quoted(body.content)}` : `--data-binary ${quoted(`@${body.file}`)}`;
-  const parts = [`curl -X POST ${quoted(`${ROOT}predict`)}`, `-H 'content-type: ${body.type}'`, data];
+  const parts = [`curl ${body.path === "generate" ? "-N " : ""}-X POST ${quoted(ROOT + body.path)}`, `-H 'content-type: ${body.type}'`, data];
   if (key) parts.splice(1, 0, '-H "authorization: Bearer $BIGRAY_KEY"'); // the key itself stays out of what people paste
   $("curl").textContent = parts.join(" \\\n  ");
 }
@@ -984,6 +1221,8 @@ $("example").addEventListener("click", () => {
   predict();
 });
 $("copy").addEventListener("click", copyCurl);
+$("explain").addEventListener("click", () => answered && explain());
+$("stop").addEventListener("click", () => writing?.abort());
 document.querySelector(".command").addEventListener("toggle", () => {
   try {
     showCurl(requestBody());

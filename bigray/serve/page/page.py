@@ -15,6 +15,7 @@ from typing import Any
 from bigray.bundle import BundleManifest, ModelCard
 from bigray.data.codes import UNSEEN_NAME
 from bigray.data.features import Column
+from bigray.serve.generation.answering import writes_text
 from bigray.serve.http import Answer
 
 _FOLDER = Path(__file__).parent
@@ -79,6 +80,7 @@ def model_card(manifest: BundleManifest, version: str, extra: Mapping[str, Any])
         "parameters": card.num_parameters or None,
         "lineage": manifest.origin.model_dump(mode="json", exclude={"metrics", "data_fingerprint"}),
         "explains": False,
+        "generates": writes_text(manifest),
     }
     return document | dict(extra)
 

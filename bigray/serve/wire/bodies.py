@@ -9,7 +9,7 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,12 @@ def decode_predict(body: bytes, content_type: str, manifest: BundleManifest) -> 
     return decode(body, manifest)
 
 
+def is_json(content_type: str) -> bool:
+    """Whether `decode_predict` takes a body of this type for records in JSON."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "text/plain" or _DECODERS.get(media_type) is _decode_json
+
+
 def decode_records(body: bytes, schema: FeatureSchema) -> FloatArray:
     """`{"records": [{column: value}]}` -> float32 array (rows, *input_shape)."""
     document = parse_json(body)
@@ -141,7 +147,7 @@ def _read_npy_header(body: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...],
 
 def encode_predict(predictions: Predictions, accept: str, model: str, version: str) -> Answer:
     """The answer of `/predict`, in the type that the `accept` header prefers; JSON where it names none of ours."""
-    encode = _ENCODERS.get(accept) or _ENCODERS[_preferred(accept)]
+    encode = _ENCODERS.get(accept) or _ENCODERS[preferred(accept, _ENCODERS)]
     return encode(predictions, model, version)
 
 
@@ -213,13 +219,13 @@ def _unknown_type(media_type: str) -> Refusal:
     )
 
 
-def _preferred(accept: str) -> str:
-    """The one of our types with the highest q; the first of equals, and JSON where none is asked for."""
+def preferred(accept: str, known: Collection[str]) -> str:
+    """The one of the known types with the highest q; the first of equals, and JSON where none is asked for."""
     best, best_quality = JSON.decode(), 0.0
     for item in accept.lower().split(","):
         media_type, *parameters = (part.strip() for part in item.split(";"))
         quality = _quality(parameters)
-        if media_type in _ENCODERS and quality > best_quality:
+        if media_type in known and quality > best_quality:
             best, best_quality = media_type, quality
     return best
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from bigray.bundle import BundleManifest
 from bigray.data.features import FeatureSchema
-from bigray.data.images import FORMATS, ImageTooLarge, decode
-from bigray.errors import SpecError
+from bigray.data.images import FORMATS, decode
+from bigray.errors import ImageTooLarge, SpecError
 from bigray.serve.http import Refusal
 
 FloatArray = NDArray[np.float32]
@@ -28,7 +28,7 @@ MAX_REDUCED_PIXELS = 50_000_000
 BRIGHTEST = 255.0
 JPEG = b"\xff\xd8"
 MOST_PIXELS_IN_JSON = 16_000_000
-"""Of all pictures of a JSON body together: they are decoded where all requests wait."""
+"""Of all pictures of a JSON body together: no more than one that is a body itself."""
 
 
 def decode_image(body: bytes, manifest: BundleManifest) -> FloatArray:

@@ -15,6 +15,7 @@ from bigray.bundle import BundleManifest
 from bigray.data.codes import category_text
 from bigray.data.features import Column, FeatureSchema
 from bigray.errors import SpecError
+from bigray.explanation.integrated_gradients import channel_axis
 from bigray.serve.generation.answering import EVENTS, writes_text
 from bigray.serve.generation.sampling import GenerationRequest
 from bigray.serve.wire.binary import DTYPES
@@ -30,6 +31,8 @@ LARGEST = float(np.finfo(np.float32).max)
 NUMBER: Schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
 """What the model can take: a float32 that is finite."""
 NULL: Schema = {"type": "null"}
+ANSWERED: Schema = {"type": ["number", "null"]}
+"""Of a model whose numbers are no longer finite, null."""
 MOST_LISTED = 50
 """Categories that are written out."""
 BINARY: Schema = {}
@@ -42,20 +45,24 @@ REFUSALS = {
     "403": "The API key is not meant for this.",
     "404": "No such model, version or route.",
     "405": "Another method; the header Allow names it.",
+    "406": "The answer cannot be a picture.",
     "408": "The body did not come in time.",
     "413": "The body, or the picture, is too large.",
     "415": "A content type or encoding that is not known.",
     "429": "The API key asks too often; the header Retry-After says when to come again.",
+    "501": "Rows of this model cannot be explained here.",
     "503": "Too much waits already, or the model is not loaded yet; see the header Retry-After.",
     "504": "The model gave no answer in time.",
 }
 OPEN_REFUSALS = ("400", "404", "405", "413", "503")
 """Those of a route that takes no key and asks no model."""
 KEYED_REFUSALS = ("400", "401", "403", "404", "405", "413", "429", "503")
+EXPLAINED_REFUSALS = tuple(REFUSALS)
+ASKED_REFUSALS = tuple(code for code in REFUSALS if code not in ("406", "501"))
 
 
-def openapi_document(manifest: BundleManifest, version: str) -> Schema:
-    """The document served at `/openapi.json`."""
+def openapi_document(manifest: BundleManifest, version: str, *, explains: bool = False) -> Schema:
+    """The document served at `/openapi.json`; `explains` where this endpoint can explain rows of the model."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -66,7 +73,7 @@ def openapi_document(manifest: BundleManifest, version: str) -> Schema:
         "servers": [{"url": "."}],
         # a key is needed only where the endpoint has keys
         "security": [{}, {"bearer": []}, {"key": []}],
-        "paths": _own_paths(manifest) | _protocol_paths(manifest, version),
+        "paths": _own_paths(manifest, explains) | _protocol_paths(manifest, version, explains),
         "components": {
             "schemas": {"Error": _object({"error": TEXT}), "Tensor": _tensor_description()},
             "responses": {code: _error(text) for code, text in REFUSALS.items()},
@@ -78,13 +85,14 @@ def openapi_document(manifest: BundleManifest, version: str) -> Schema:
     }
 
 
-def _own_paths(manifest: BundleManifest) -> Schema:
+def _own_paths(manifest: BundleManifest, explains: bool) -> Schema:
     anything: Schema = {"type": "object"}
     page = {"text/html": {"schema": TEXT}, JSON_TYPE: {"schema": anything}}
     return {
         "/": {"get": _get("The page to try the model on, or for programs the routes.", page, is_open=True)},
         "/predict": {"post": _predict_operation(manifest)},
         **({"/generate": {"post": _generate_operation(manifest)}} if writes_text(manifest) else {}),
+        **({"/explain": {"post": _explain_operation(manifest)}} if explains else {}),
         "/card": {"get": _get("The model card: what it is, where it came from, how good it is.", anything)},
         "/stats": {"get": _get("Live numbers of all replicas.", anything)},
         "/metrics": {"get": _get("The numbers for Prometheus.", {"text/plain": {"schema": TEXT}})},
@@ -92,7 +100,7 @@ def _own_paths(manifest: BundleManifest) -> Schema:
     }
 
 
-def _protocol_paths(manifest: BundleManifest, version: str) -> Schema:
+def _protocol_paths(manifest: BundleManifest, version: str, explains: bool) -> Schema:
     """The routes of the Open Inference Protocol; those of a model come with and without a version."""
     server = _object({"name": TEXT, "version": TEXT, "extensions": _list(TEXT)})
     index = _list({"type": "object", "required": ["name", "state"], "properties": {"name": TEXT, "version": TEXT}})
@@ -103,12 +111,11 @@ def _protocol_paths(manifest: BundleManifest, version: str) -> Schema:
         "/v2/repository/index": {"post": _get("The models that are served here.", index)},
     }
     model = f"/v2/models/{quote(manifest.name)}"
-    return (
-        paths | _model_paths(model, manifest, []) | _model_paths(f"{model}/versions/{{version}}", manifest, [version])
-    )
+    named = _model_paths(f"{model}/versions/{{version}}", manifest, [version], explains)
+    return paths | _model_paths(model, manifest, [], explains) | named
 
 
-def _model_paths(root: str, manifest: BundleManifest, versions: list[str]) -> Schema:
+def _model_paths(root: str, manifest: BundleManifest, versions: list[str], explains: bool) -> Schema:
     ready = _object({"name": TEXT, "ready": {"type": "boolean"}})
     operations: Schema = {
         root: {"get": _get("The model's input and output tensors.", _model_description())},
@@ -118,6 +125,8 @@ def _model_paths(root: str, manifest: BundleManifest, versions: list[str]) -> Sc
     }
     if writes_text(manifest):
         operations[f"{root}/generate"] = {"post": _generate_operation(manifest)}
+    if explains:
+        operations[f"{root}/explain"] = {"post": _explain_operation(manifest)}
     parameters = [_version_parameter(version) for version in versions]
     return {path: {"parameters": parameters} | item if parameters else item for path, item in operations.items()}
 
@@ -134,16 +143,27 @@ def _version_parameter(version: str) -> Schema:
 
 
 def _predict_operation(manifest: BundleManifest) -> Schema:
+    answer = _object({"model": TEXT, "version": TEXT, "predictions": _list(_prediction_schema(manifest))})
+    answers = {JSON_TYPE: {"schema": answer}} | {kind: {"schema": BINARY} for kind in (ARROW_STREAM, NPY)}
+    return _post("One prediction for each row, in order.", _row_bodies(manifest), answers)
+
+
+def _explain_operation(manifest: BundleManifest) -> Schema:
+    """The rows of a prediction; more of them than are explained at once are a 413."""
+    answer = _object({"model": TEXT, "version": TEXT, "explanations": _list(_explanation_schema(manifest))})
+    answers = {JSON_TYPE: {"schema": answer}, "image/png": {"schema": BINARY}}
+    summary = "What each column or pixel adds to the answer, by integrated gradients; as a picture of one row."
+    return _post(summary, _row_bodies(manifest), answers, EXPLAINED_REFUSALS)
+
+
+def _row_bodies(manifest: BundleManifest) -> Schema:
     columns = {column.name: _value_schema(column) for column in manifest.inputs.columns}
     records = {"type": "array", "minItems": 1, "items": _object(columns)}
-    answer = _object({"model": TEXT, "version": TEXT, "predictions": _list(_prediction_schema(manifest))})
     json_body = {"schema": _object({"records": records}), "example": {"records": [manifest.example]}}
     raw = [ARROW_STREAM, ARROW_FILE]
     raw += [NPY] if manifest.inputs.is_plain else []
     raw += ["image/png", "image/jpeg"] if _takes_images(manifest) else []
-    bodies = {JSON_TYPE: json_body} | _csv_body(manifest) | {kind: {"schema": BINARY} for kind in raw}
-    answers = {JSON_TYPE: {"schema": answer}} | {kind: {"schema": BINARY} for kind in (ARROW_STREAM, NPY)}
-    return _post("One prediction for each row, in order.", bodies, answers)
+    return {JSON_TYPE: json_body} | _csv_body(manifest) | {kind: {"schema": BINARY} for kind in raw}
 
 
 def _value_schema(column: Column) -> Schema:
@@ -264,16 +284,30 @@ def _example_tensors(schema: FeatureSchema, example: dict[str, Any]) -> list[Sch
 
 
 def _prediction_schema(manifest: BundleManifest) -> Schema:
-    # a model whose numbers are no longer finite answers with null
-    number: Schema = {"type": ["number", "null"]}
     if manifest.outputs.task == "regression":
-        return _object({"value": number})
-    probabilities = _array(number, (manifest.outputs.num_probabilities,))
-    names = list(manifest.outputs.class_names)
-    label: Schema = {"enum": names} if names else {"type": "integer"}
+        return _object({"value": ANSWERED})
+    probabilities = _array(ANSWERED, (manifest.outputs.num_probabilities,))
+    label = _label_schema(manifest)
     return _object(
         {"label": _list(label) if manifest.outputs.task == "multilabel" else label, "probabilities": probabilities}
     )
+
+
+def _explanation_schema(manifest: BundleManifest) -> Schema:
+    label = {} if manifest.outputs.task == "regression" else {"label": _label_schema(manifest)}
+    numbers = dict.fromkeys(("output", "base", "error"), ANSWERED)
+    inputs = manifest.inputs
+    if inputs.is_tensor:
+        axis = channel_axis(inputs.input_shape)
+        attributions = _array(ANSWERED, tuple(size for i, size in enumerate(inputs.input_shape) if i != axis))
+    else:
+        attributions = _object({column.name: ANSWERED for column in inputs.columns})
+    return _object({**label, **numbers, "attributions": attributions})
+
+
+def _label_schema(manifest: BundleManifest) -> Schema:
+    names = list(manifest.outputs.class_names)
+    return {"enum": names} if names else {"type": "integer"}
 
 
 def _tensor_description() -> Schema:
@@ -293,11 +327,11 @@ def _takes_images(manifest: BundleManifest) -> bool:
     return True
 
 
-def _post(summary: str, bodies: Schema, answers: Schema) -> Schema:
+def _post(summary: str, bodies: Schema, answers: Schema, refusals: tuple[str, ...] = ASKED_REFUSALS) -> Schema:
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": bodies},
-        "responses": {"200": {"description": summary, "content": answers}} | _refusals(tuple(REFUSALS)),
+        "responses": {"200": {"description": summary, "content": answers}} | _refusals(refusals),
     }
 
 

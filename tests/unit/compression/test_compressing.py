@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from bigray.bundle import HOLDOUT, ONNX, WEIGHTS, ModelBundle, load_holdout
 from bigray.compression.compressing import Method, compress
-from bigray.errors import DeployError, SpecError
+from bigray.errors import DeployError, SpecError, StorageError
 from bigray.inference import Predictor
 from bigray.onnx_export import run_module
 from bigray.rebuilding import rebuild_module
@@ -109,6 +109,8 @@ def test_the_same_command_again_replaces_what_it_made_and_nothing_else(
         compress(cnn_bundle, Method("int8"), out=str(place))
     with pytest.raises(SpecError, match="is the bundle itself"):
         compress(cnn_bundle, Method("int8"), out=cnn_bundle)
+    with pytest.raises(SpecError, match="--out: there is something else at"):
+        compress(cnn_bundle, Method("prune", 0.2), out=str(place))
     (tmp_path / "notes").mkdir()
     with pytest.raises(SpecError, match="--out: there is something else at"):
         compress(cnn_bundle, Method("int8"), out=str(tmp_path / "notes"))
@@ -142,6 +144,20 @@ def test_eight_bits_are_not_made_smaller_again(cnn_bundle: str, tmp_path: Path) 
 
     with pytest.raises(SpecError, match="--prune: the bundle is of eight bits already; compress the one it was made"):
         compress(small, Method("prune", 0.5))
+
+
+def test_factored_layers_are_not_made_whole_by_pruning(mlp_bundle: str, tmp_path: Path) -> None:
+    factored = compress(mlp_bundle, Method("low_rank", 0.5), max_drop=1, out=str(tmp_path / "factored")).location
+
+    with pytest.raises(SpecError, match=r"--prune: the bundle's layers are factored already, .*; prune first"):
+        compress(factored, Method("prune", 0.5))
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(cnn_bundle: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StorageError, match="cannot write here"):
+        compress(cnn_bundle, Method("prune", 0.5), out=str(tmp_path / "file" / "small"), allow_factories=())
 
 
 def test_by_default_it_lies_beside_the_old_one(cnn_bundle: str, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_class_that_no_training_row_has_is_told_with_its_rows(tmp_path: Path) 
     )
 
     assert fault == (
-        "data.target: 'maybe' of 'label' is in no training row, only in rows 201, 203; "
+        "data.target: 'maybe' of 'label' is in no training row, only in rows 1, 3 of data.test; "
         "give it more rows, or leave it out of the source"
     )
 

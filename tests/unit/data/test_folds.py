@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from bigray.data.dataset import prepare_dataset
-from bigray.data.folds import Fold, prepare_folds
+from bigray.data.folds import Fold, prepare_with_folds
 from bigray.errors import SpecError
 from bigray.specs import BuiltInTask, DataSpec
 
@@ -32,7 +33,7 @@ def _spec(folder: Path, table: pa.Table, **spec: Any) -> DataSpec:
 def _prepare(
     folder: Path, table: pa.Table | None = None, task: BuiltInTask = "classification", **spec: Any
 ) -> tuple[Fold, ...]:
-    return prepare_folds(_spec(folder, pa.table(_columns()) if table is None else table, **spec), task)
+    return prepare_with_folds(_spec(folder, pa.table(_columns()) if table is None else table, **spec), task)[1]
 
 
 def test_without_k_folds_there_are_none(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_without_k_folds_there_are_none(tmp_path: Path) -> None:
 
 def test_every_row_but_the_holdout_is_validated_on_once_and_trained_on_in_every_other_fold(tmp_path: Path) -> None:
     spec = _spec(tmp_path, pa.table(_columns()))
-    arrays = [fold.arrays() for fold in prepare_folds(spec, "classification")]
+    arrays = [fold.arrays() for fold in prepare_with_folds(spec, "classification")[1]]
     sealed = set(prepare_dataset(spec, "classification").holdout.column("a").to_pylist())
 
     assert sealed
@@ -49,6 +50,21 @@ def test_every_row_but_the_holdout_is_validated_on_once_and_trained_on_in_every_
     assert sorted(row for _, fold in parts for row in fold) == sorted(set(range(NUM_ROWS)) - sealed)
     assert all(len(train) + len(fold) == NUM_ROWS - len(sealed) and not train & fold for train, fold in parts)
     assert all(np.bincount(each.y_val).min() >= 8 for each in arrays), "each class in each fold"
+
+
+def test_the_source_is_read_once_for_the_usual_split_and_all_folds(
+    tmp_path: Path, user_module: Callable[[str], str]
+) -> None:
+    """The second time the function would give other rows."""
+    source = user_module(
+        "import numpy as np\ntimes = 0\n\ndef load():\n    global times\n    times += 1\n"
+        "    return {'a': np.arange(90.0) + 1000 * times, 'label': np.arange(90) % 3}\n"
+    )
+    spec = DataSpec(source=f"{source}:load", target="label", k_folds=3)
+    dataset, folds = prepare_with_folds(spec, "classification")
+
+    assert dataset.arrays.x_train.max() < 2000
+    assert all(fold.arrays().x_train.max() < 2000 for fold in folds)
 
 
 def test_the_folds_are_the_same_every_time_and_others_with_another_seed_of_the_split(tmp_path: Path) -> None:
@@ -101,7 +117,7 @@ def test_of_a_given_split_the_rows_to_train_on_are_cut(tmp_path: Path) -> None:
     parquet.write_table(table.slice(60), test)
     spec = DataSpec(train=str(train), test=str(test), target="label", k_folds=3)
 
-    rows = sorted(row for fold in prepare_folds(spec, "classification") for row in fold.arrays().x_val[:, 0])
+    rows = sorted(row for fold in prepare_with_folds(spec, "classification")[1] for row in fold.arrays().x_val[:, 0])
     assert rows == list(range(60))
 
 
@@ -109,7 +125,7 @@ def test_images_keep_their_shape(tmp_path: Path) -> None:
     images = np.random.default_rng(0).normal(size=(NUM_ROWS, 2, 4, 4)).astype(np.float32)
     np.savez(tmp_path / "images.npz", image=images, label=np.arange(NUM_ROWS) % 3)
     spec = DataSpec(source=str(tmp_path / "images.npz"), target="label", k_folds=3)
-    fold = prepare_folds(spec, "classification")[0]
+    fold = prepare_with_folds(spec, "classification")[1][0]
 
     assert fold.arrays().x_train.shape[1:] == fold.model_input_shape == (2, 4, 4)
 

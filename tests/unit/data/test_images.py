@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from bigray.data.images import ImageTooLarge, decode, decode_all, probe_size
-from bigray.errors import SpecError
+from bigray.data.images import decode, decode_all, probe_size
+from bigray.errors import ImageTooLarge, SpecError
 
 GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
 CIFAR = Path(__file__).parents[4] / "shared/data/cifar10_test.parquet"

@@ -178,11 +178,33 @@ def test_a_factory_that_gives_no_module_is_told_with_its_name(
 
 
 def test_the_arguments_of_a_failing_factory_are_told() -> None:
-    with pytest.raises(SpecError, match=r"input_shape=\(3,\), num_outputs=2, params=\{'hidden': 'wide'\}"):
-        build_model("bigray.models:mlp", {"hidden": "wide"}, (3,), 2)
+    with pytest.raises(SpecError, match=r"input_shape=\(3,\), num_outputs=2, params=\{'bias': \[\], 'wide': 1\}"):
+        build_model("bigray.models:linear", {"bias": [], "wide": 1}, (3,), 2)
 
 
 @pytest.mark.parametrize("path", ["bigray.models", "bigray.models:", ":mlp", ""])
 def test_a_factory_of_another_form_is_refused(path: str) -> None:
     with pytest.raises(SpecError, match=r"expected the form 'package\.module:callable'"):
         load_factory(path)
+
+
+@pytest.mark.parametrize(
+    ("factory", "params"),
+    [
+        ("mlp", {"hidden": 64}),
+        ("mlp", {"hidden": [0]}),
+        ("mlp", {"hidden": [4.5]}),
+        ("mlp", {"dropout": 1.5}),
+        ("mlp", {"dropout": -0.5}),
+        ("cnn", {"channels": [0]}),
+        ("cnn", {"channels": 8}),
+        ("cnn", {"dropout": 1.0}),
+    ],
+    ids=str,
+)
+def test_sizes_and_shares_that_make_no_layer_are_refused_before_torch_is_asked(
+    factory: str, params: dict[str, object]
+) -> None:
+    name = next(iter(params))
+    with pytest.raises(SpecError, match=f"^{factory}: {name} must be"):
+        build_model(f"bigray.models:{factory}", params, (8, 8), 3)

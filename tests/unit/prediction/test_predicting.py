@@ -227,3 +227,57 @@ def test_each_task_has_its_columns(tmp_path: Path, task: str, types: dict[str, p
 def test_a_file_of_another_tool_has_no_lineage() -> None:
     assert read_lineage(pa.schema([])) is None
     assert read_lineage(pa.schema([], metadata={METADATA: b"not json"})) is None
+
+
+def test_parts_that_something_else_made_are_done_again(bundle: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "predictions"
+    predict_source(bundle, data, str(out), spread=answer_here)
+    first, *_ = sorted(out.glob("*.parquet"))
+    table = parquet.read_table(first)
+    parquet.write_table(table.replace_schema_metadata({METADATA: b'{"bundle_version": "another"}'}), first)
+
+    result = predict_source(bundle, data, str(out), spread=answer_here)
+
+    assert result.parts_done_before == 3, "its number of rows alone is no proof"
+    _check_answers(pa.concat_tables([parquet.read_table(file) for file in sorted(out.glob("*.parquet"))]), bundle, data)
+
+
+def test_a_folder_beside_the_file_that_is_no_ones_parts_is_left_alone(bundle: str, data: str, tmp_path: Path) -> None:
+    mine = tmp_path / "p.parquet.parts" / "part-000000.parquet"
+    mine.parent.mkdir()
+    parquet.write_table(pa.table({"a": range(256)}), mine)
+
+    with pytest.raises(SpecError, match="there is something else here"):
+        predict_source(bundle, data, str(tmp_path / "p.parquet"), spread=answer_here)
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("out", ["p.parquet", "p"])
+def test_a_process_that_died_in_its_first_write_is_no_obstacle(
+    bundle: str, data: str, tmp_path: Path, out: str
+) -> None:
+    parts = tmp_path / (f"{out}.parts" if out.endswith(".parquet") else out)
+    parts.mkdir()
+    (parts / "._predictions.json.123.tmp").write_text("{")
+
+    assert predict_source(bundle, data, str(tmp_path / out), spread=answer_here).rows == ROWS
+
+
+def test_a_place_that_cannot_be_written_in_the_end_is_one_line(bundle: str, data: str, tmp_path: Path) -> None:
+    (tmp_path / ".p.parquet.tmp").mkdir()
+
+    with pytest.raises(StorageError, match=r"--out: .*p\.parquet: cannot be written: "):
+        predict_source(bundle, data, str(tmp_path / "p.parquet"), spread=answer_here)
+
+
+def test_a_large_file_that_was_written_again_is_of_other_rows(bundle: str, tmp_path: Path) -> None:
+    """Sizes and statistics of the columns are the same ones: only the rows between the ends have changed."""
+    inputs, path = ModelBundle.load(bundle).manifest.inputs, tmp_path / "rows.parquet"
+    (tmp_path / "_SUCCESS").touch()
+    found = []
+    for a in ([0.0, 1.0, 2.0, 9.0], [0.0, 2.0, 1.0, 9.0]):
+        parquet.write_table(pa.table({"a": a, "b": a}), path, use_dictionary=False, compression="none")
+        found.append(open_rows(str(tmp_path), inputs, large_bytes=0))
+
+    assert all(len(rows.parts) == 1 and type(rows).__name__ == "ParquetRows" for rows in found)
+    assert found[0].fingerprint != found[1].fingerprint

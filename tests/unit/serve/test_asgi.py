@@ -18,7 +18,6 @@ import pytest
 from bigray.bundle import ModelBundle
 from bigray.inference import Predictor
 from bigray.serve import asgi as asgi_module
-from bigray.serve import pictures
 from bigray.serve.asgi import Limits, ModelApp
 from bigray.serve.assembly import Endpoint, _tick, assemble
 from bigray.serve.batching import QueueLimits
@@ -392,7 +391,7 @@ def test_while_a_picture_is_decoded_other_requests_are_answered(app, monkeypatch
 
 
 def test_no_more_pictures_wait_than_can_be_decoded_in_time(app, monkeypatch):
-    monkeypatch.setattr(pictures, "MOST_WAITING", 2)
+    monkeypatch.setattr(app._pictures, "_most_waiting", 2)
 
     async def story(gate):
         sent = [asyncio.create_task(ask(app, "POST", "/predict", b"x", [("content-type", "image/png")])) for _ in "123"]

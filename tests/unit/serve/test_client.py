@@ -411,3 +411,87 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, fault):
     with pytest.raises(SpecError, match=fault) as caught:
         read_records(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+# ----- why, and text
+
+
+def events(*documents: dict) -> bytes:
+    return b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in documents)
+
+
+PIECES = ({"text": "to"}, {"text": " be\n\n"}, {"text": "é"})
+DONE = {"done": True, "tokens": 3}
+
+
+def test_rows_are_explained_in_one_request_in_order(server, monkeypatch):
+    url, state = server
+    monkeypatch.setattr(state, "answer", lambda headers, body: json.dumps({"explanations": rows_of(body)}).encode())
+    with Client(url) as client:
+        assert client.explain([{"x": 1}, {"x": date(2024, 5, 31)}], sticky="user 7") == [{"x": 1}, {"x": "2024-05-31"}]
+    (method, path, headers, _) = state.requests[0]
+    assert (method, path, headers["x-bigray-key"]) == ("POST", "/explain", "user 7")
+
+
+def test_what_cannot_be_explained_there_is_told_at_once(server, waits):
+    url, state = server
+    state.script = [501]
+    with Client(url) as client, pytest.raises(DeployError, match=f"{url}/explain: answered 501: told so"):
+        client.explain([{"x": 1}])
+    assert (len(state.requests), waits) == (1, [])
+
+
+def test_text_comes_piece_by_piece_and_the_connection_goes_on(server, monkeypatch):
+    url, state = server
+    with Client(url, key="bgr_secret") as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "answer", lambda headers, body: b": comment\n\n" + events(*PIECES, DONE))
+            pieces = client.generate("or not", max_tokens=3, temperature=0.0, stop="!")
+            assert not state.requests, "it is asked for when the first piece is"
+            assert list(pieces) == ["to", " be\n\n", "é"]
+        assert client.predict([{"x": 1}]) == [{"x": 1}]
+    (_, path, headers, body), _ = state.requests
+    assert (path, headers["authorization"]) == ("/generate", "Bearer bgr_secret")
+    assert json.loads(body) == {"prompt": "or not", "max_tokens": 3, "temperature": 0.0, "stop": "!"}
+    assert len(state.connections) == 1
+
+
+def test_a_text_that_is_left_closes_its_connection(server, monkeypatch):
+    url, state = server
+    with Client(url) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "answer", lambda headers, body: events(*PIECES, DONE))
+            pieces = client.generate("or not")
+            assert next(pieces) == "to"
+            pieces.close()
+        assert client.predict([{"x": 1}]) == [{"x": 1}]
+    assert len(state.connections) == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (events(*PIECES, {"error": "internal error"}), "internal error"),
+        (events(*PIECES), "the connection ended in it"),
+        (events(*PIECES) + b"data: {", "an event is not JSON"),
+        (events(*PIECES) + b"data: []", "an event is no object"),
+    ],
+)
+def test_once_a_piece_was_handed_out_nothing_is_asked_again(server, monkeypatch, sent, told):
+    url, state = server
+    monkeypatch.setattr(state, "answer", lambda headers, body: sent)
+    found = []
+    with Client(url) as client, pytest.raises(DeployError, match=f"{url}/generate: the text broke off: {told}"):
+        found.extend(iter(client.generate("a")))
+    assert len(state.requests) == 1
+
+
+@pytest.mark.parametrize("failure", [Server.RESET, Server.HANG_UP, 503, "nothing"])
+def test_before_the_first_piece_it_is_asked_once_more(server, monkeypatch, failure):
+    url, state = server
+    bodies = [b""] if failure == "nothing" else []
+    state.script = [] if failure == "nothing" else [failure]
+    monkeypatch.setattr(state, "answer", lambda headers, body: bodies.pop() if bodies else events(*PIECES, DONE))
+    with Client(url) as client:
+        assert "".join(client.generate("a")) == "to be\n\né"
+    assert len(state.requests) == 2

@@ -96,7 +96,7 @@ def test_the_card_tells_what_the_model_is(bundle: ModelBundle):
     assert card["example"] == bundle.manifest.example
     assert card["lineage"]["run"] == "sample"
     assert "metrics" not in card["lineage"]
-    assert card["explains"] is False
+    assert (card["explains"], card["generates"]) == (False, False)
     json.dumps(card)
 
 

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from bigray.serve.desk import Desk
 from bigray.serve.http import Refusal
-from bigray.serve.pictures import PictureDesk
+from bigray.serve.pictures import picture_desk
 
 
 def slow(seconds: float) -> str:
@@ -17,13 +18,13 @@ def slow(seconds: float) -> str:
     return "decoded"
 
 
-async def refusal_of(desk: PictureDesk, *arguments: object) -> Refusal:
+async def refusal_of(desk: Desk, *arguments: object) -> Refusal:
     with pytest.raises(Refusal) as refused:
         await desk.run(*arguments)
     return refused.value
 
 
-async def decoded_at_last(desk: PictureDesk) -> str:
+async def decoded_at_last(desk: Desk) -> str:
     while True:
         try:
             return await desk.run(slow, 0.0)
@@ -32,7 +33,7 @@ async def decoded_at_last(desk: PictureDesk) -> str:
 
 
 def test_a_picture_that_takes_too_long_is_given_up_with_504_and_still_counts_while_it_holds_the_thread():
-    desk, gate, begun = PictureDesk(timeout_s=0.05, max_queue_s=0.0), threading.Event(), []
+    desk, gate, begun = picture_desk(timeout_s=0.05, max_queue_s=0.0), threading.Event(), []
 
     def hang() -> None:
         assert gate.wait(10)
@@ -49,7 +50,7 @@ def test_a_picture_that_takes_too_long_is_given_up_with_504_and_still_counts_whi
 
 
 def test_a_picture_that_was_given_up_before_its_turn_is_never_decoded():
-    desk, gate, begun = PictureDesk(timeout_s=0.05, max_queue_s=60.0), threading.Event(), []
+    desk, gate, begun = picture_desk(timeout_s=0.05, max_queue_s=60.0), threading.Event(), []
 
     def hang() -> None:
         assert gate.wait(10)
@@ -64,7 +65,7 @@ def test_a_picture_that_was_given_up_before_its_turn_is_never_decoded():
 
 
 def test_as_many_pictures_wait_as_can_be_decoded_in_the_time_allowed():
-    desk, gate = PictureDesk(timeout_s=60.0, max_queue_s=1.0), threading.Event()
+    desk, gate = picture_desk(timeout_s=60.0, max_queue_s=1.0), threading.Event()
 
     def hang() -> None:
         assert gate.wait(10)
@@ -85,7 +86,7 @@ def test_as_many_pictures_wait_as_can_be_decoded_in_the_time_allowed():
 
 
 def test_an_idle_desk_takes_a_picture_however_long_the_last_one_took():
-    desk = PictureDesk(timeout_s=60.0, max_queue_s=0.0)
+    desk = picture_desk(timeout_s=60.0, max_queue_s=0.0)
 
     async def story():
         return [await desk.run(slow, 0.01) for _ in range(3)]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigray.host_memory import HostMemory, host_memory, shown
 from bigray.training import memory
-from bigray.training.memory import HostMemory, host_memory, peak_growth_bytes, shown
+from bigray.training.memory import peak_growth_bytes
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -52,3 +52,15 @@ def test_the_metrics_of_each_lane_are_those_of_its_outputs_alone(task: str) -> N
         expected = alone.measure(lambda places, _, lane=lane: lane[places], ALONE, same_passes=False)
         assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert set(metrics) == set(METRICS[task])
+
+
+def test_a_single_validation_row_of_a_regression_is_no_error() -> None:
+    x, y = np.zeros((1, 1), np.float32), np.ones(1, np.float32)
+    spec, data = TrainingSpec(task="regression"), TrainingArrays(x, y, x, y)
+    task, outputs = load_task(spec, 1, y), torch.full((2, 1, 1), 3.0)
+
+    expected = {"val_loss": 4.0, "val_mse": 4.0, "val_mae": 2.0, "val_r2": 0.0}
+    alone = Validation(task, 1, data, ALONE.device)
+    assert alone.measure(lambda places, _: outputs[0][places], ALONE, same_passes=False) == expected
+    stacked = StackedValidation(spec, task, 1, data, ALONE.device)
+    assert stacked.measure(_Given(outputs), 2) == [expected] * 2  # type: ignore[arg-type]

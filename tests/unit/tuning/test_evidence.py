@@ -93,6 +93,15 @@ def test_a_finalist_on_folds_whose_trial_on_the_usual_split_diverged_cannot_win(
     assert judge_run(results, journal, "val_accuracy", "max")[0].trial_id == "001-cnn"
 
 
+def test_a_finalist_that_failed_on_a_fold_cannot_win_beside_one_that_has_them_all() -> None:
+    results = [*_folds("000-mlp", 0.90, 0.91, usual=0.9), *_folds("001-cnn", 0.70, 0.71, 0.72, usual=0.7)]
+    journal = [{"kind": "finalists", "trials": ["000-mlp", "001-cnn"], "folds": 3}]
+    judged = judge_run(results, journal, "val_accuracy", "max")
+
+    assert judged[0].trial_id == "001-cnn"
+    assert "too few folds to win" in _why(judged)
+
+
 def test_the_latency_of_a_finalist_is_the_median_of_its_seeds() -> None:
     results = [_result("000-mlp", 0.8), *_seeds("000-mlp", 0.9, 0.91), _result("001-cnn", 0.8)]
     results += _seeds("001-cnn", 0.9, 0.91)
