@@ -1258,6 +1258,16 @@ def test_who_waits_for_events_is_woken_by_the_first() -> None:
     _play(scenario)
 
 
+def test_what_became_of_an_offer_is_told_once_though_its_actor_dies_before_it_has_returned() -> None:
+    async def scenario(board: Switchboard) -> None:
+        assert await board.settle(7, "first", [Event("leg", "", {"number": 7})]) == "first"
+        assert await board.settle(7, "second", [Event("leg", "", {"number": 7})]) == "first"
+        assert await board.settle(8, "other", [Event("leg", "", {"number": 8})]) == "other"
+        assert [event.values["number"] for event in await board.take_events(0.01)] == [7, 8]
+
+    _play(scenario)
+
+
 def test_a_groups_members_are_told_by_rank_but_not_between_two_generations() -> None:
     async def scenario(board: Switchboard) -> None:
         assert await board.members(0) == ()
