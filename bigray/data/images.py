@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bigray.errors import SpecError
+from bigray.errors import ImageTooLarge, SpecError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -60,6 +60,40 @@ def left_behind() -> list[Path]:
     return list(scratch_root().iterdir())
 
 
+# the first of the file: the Ray of the others stays up until the file's end
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A head without room for a worker, and a node with room for two."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the test cluster's own processes have no token
+    prepare_environment(joining=True)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=4)
+    ray.init(address=cluster.address, namespace="bigray", log_to_driver=False)
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_a_node_without_the_files_copies_them_once_and_takes_the_same_steps(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.parquet", 3000, 5)
+    boards = []
+    copies: set[str] = set()
+    for name, limit in (("whole", {}), ("streamed", {"memory_gb": 1e-6})):
+        job = job_of(tmp_path, source, name, 2, normalize="minmax", **limit)
+        scaling = job.scaling.model_copy(update={"cpus_per_worker": 2.0})  # which the head does not have
+        job = job.model_copy(update={"scaling": scaling})
+        boards.append(
+            train(job, listener=lambda _: copies.update(path.name for path in left_behind() if "-" in path.name))
+        )
+    whole, streamed = (ModelBundle.load(board.bundle) for board in boards)
+    assert whole.weights == streamed.weights
+    assert len(copies) == 1
+
+
 @pytest.mark.usefixtures("four_cpu_ray")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_rows_from_disk_give_the_same_losses_and_weights_as_from_memory(
@@ -98,36 +132,3 @@ def test_more_rows_than_the_budget_are_trained_on_within_it(tmp_path: Path) -> N
     assert found["workers"] < BUDGET_BYTES
     assert found["metrics"]["val_accuracy"] > 0.9
     assert set(left_behind()) <= before
-
-
-@pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A head without room for a worker, and a node with room for two."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the test cluster's own processes have no token
-    prepare_environment(joining=True)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=4)
-    ray.init(address=cluster.address, namespace="bigray", log_to_driver=False)
-    yield
-    ray.shutdown()
-    cluster.shutdown()
-
-
-@pytest.mark.usefixtures("two_nodes")
-def test_a_node_without_the_files_copies_them_once_and_takes_the_same_steps(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "rows.parquet", 3000, 5)
-    boards = []
-    copies: set[str] = set()
-    for name, limit in (("whole", {}), ("streamed", {"memory_gb": 1e-6})):
-        job = job_of(tmp_path, source, name, 2, normalize="minmax", **limit)
-        scaling = job.scaling.model_copy(update={"cpus_per_worker": 2.0})  # which the head does not have
-        job = job.model_copy(update={"scaling": scaling})
-        boards.append(
-            train(job, listener=lambda _: copies.update(path.name for path in left_behind() if "-" in path.name))
-        )
-    whole, streamed = (ModelBundle.load(board.bundle) for board in boards)
-    assert whole.weights == streamed.weights
-    assert len(copies) == 1

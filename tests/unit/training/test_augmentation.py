@@ -246,5 +246,5 @@ def test_trials_with_augmentation_or_a_file_of_weights_are_not_stacked(make_tria
 
     plain = make_trial("bigray.models:cnn", {"channels": [4]})
     frozen = plain.model_copy(update={"model": plain.model.model_copy(update={"freeze": ("0.*",)})})
-    assert "weights and freeze" in str(why_not_stacked(frozen, _data(), 3, ALONE.device))
+    assert "weights, freeze and keep_zeros" in str(why_not_stacked(frozen, _data(), 3, ALONE.device))
     assert why_not_stacked(plain, _data(), 3, ALONE.device) is None

@@ -375,7 +375,7 @@ class TestExtension:
         assert len(killed.legs) + len(resumed.legs) == len(whole.legs)
 
     def test_trials_that_begin_anew_share_no_stack_with_those_that_go_on(self) -> None:
-        job, spec = make_job(), make_search(trials=100)
+        job, spec = make_job(seed=1), make_search(trials=100)
         first = Simulation(job, spec, stack=True).run()
         second = Simulation(job, spec, stack=True, recorded=first.results, chapters=(900,)).run()
 
