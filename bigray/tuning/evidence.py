@@ -84,7 +84,7 @@ def judge(
     `values_by_trial` holds, for each finalist in the order of its trials, the metric of each seed's trial; a seed that
     failed or diverged is left out. The winner is the cheapest of those whose interval overlaps that of the best mean:
     fewest parameters, then the faster model, then the better mean, then the earlier trial. Who has less than two values
-    has no interval, and wins only where nobody has more. With `only_whole` who has fewer values than another cannot win:
+    has no interval, and wins only where nobody has more. With `only_whole` who has fewer than another cannot win:
     means over different folds cannot be compared.
 
     Raises:
