@@ -26,14 +26,14 @@ def main(root: Path = ROOT, of_each: int = 200, seed: int = 0) -> None:
 def draw_shape(shape: str, generator: np.random.Generator) -> Image.Image:
     """One picture: a shape of any size, place, angle and colour on a ground of another colour."""
     ground, colour = generator.integers(0, 256, (2, 3))
-    while np.abs(ground - colour).sum() < 150:  # to be told apart by eye
-        colour = generator.integers(0, 256, 3)
+    while np.abs(ground - colour).sum() < 350:  # to be told apart at once
+        ground, colour = generator.integers(0, 256, (2, 3))
     picture = Image.new("RGB", (SIZE, SIZE), tuple(ground.tolist()))
-    radius = generator.uniform(7, 12)
+    radius = generator.uniform(10, 15)
     center = generator.uniform(radius, SIZE - radius, 2)
     pen = ImageDraw.Draw(picture)
     pen.polygon(_corners(shape, center, radius, generator.uniform(0, 2 * np.pi)), fill=tuple(colour.tolist()))
-    noisy = np.asarray(picture, np.float64) + generator.normal(0, 20, (SIZE, SIZE, 3))
+    noisy = np.asarray(picture, np.float64) + generator.normal(0, 10, (SIZE, SIZE, 3))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
