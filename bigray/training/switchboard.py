@@ -113,7 +113,7 @@ class Switchboard:
         self._works: dict[str, asyncio.Task[tuple[int, float, Any]]] = {}
         """By their key: under way, or done."""
         self._offers: dict[int, Any] = {}
-        self._settled: dict[int, Any] = {}
+        self._concluded: dict[int, Any] = {}
         """What became of them."""
         self._is_resting = False
         """The budget is used up."""
@@ -204,15 +204,15 @@ class Switchboard:
             await self._changed.wait_for(lambda: number in self._offers)
         return self._offers[number]
 
-    async def settle(self, number: int, outcome: Any, events: list[Event]) -> Any:
+    async def conclude(self, number: int, outcome: Any, events: list[Event]) -> Any:
         """Take down what became of an offer, with its events; returns that, or what had been taken down before.
 
         An actor may die between telling and returning: the next one's account of the same work is not counted again.
         """
-        if number not in self._settled:
-            self._settled[number] = outcome
+        if number not in self._concluded:
+            self._concluded[number] = outcome
             await self.push_all(events)
-        return self._settled[number]
+        return self._concluded[number]
 
     async def rest_all(self) -> int:
         """Have every group that trains end its command with the epoch under way (driver); returns how many do.

@@ -44,7 +44,7 @@ class LegTrial(Trainable):  # type: ignore[misc]
         # one that rests is gone on with by the next attempt; where its state is, is good to know before
         kind = "leg" if is_complete(leg, result) else "rested"
         events.append(Event(kind, "", {"kind_of_leg": leg.kind, "epoch": leg.epoch, **result.to_json()}))
-        result = ask(self._switchboard.settle.remote(self._number, result, events))
+        result = ask(self._switchboard.conclude.remote(self._number, result, events))
         return {RESULT: json.dumps(result.to_json()), "done": True}
 
 

@@ -1260,9 +1260,9 @@ def test_who_waits_for_events_is_woken_by_the_first() -> None:
 
 def test_what_became_of_an_offer_is_told_once_though_its_actor_dies_before_it_has_returned() -> None:
     async def scenario(board: Switchboard) -> None:
-        assert await board.settle(7, "first", [Event("leg", "", {"number": 7})]) == "first"
-        assert await board.settle(7, "second", [Event("leg", "", {"number": 7})]) == "first"
-        assert await board.settle(8, "other", [Event("leg", "", {"number": 8})]) == "other"
+        assert await board.conclude(7, "first", [Event("leg", "", {"number": 7})]) == "first"
+        assert await board.conclude(7, "second", [Event("leg", "", {"number": 7})]) == "first"
+        assert await board.conclude(8, "other", [Event("leg", "", {"number": 8})]) == "other"
         assert [event.values["number"] for event in await board.take_events(0.01)] == [7, 8]
 
     _play(scenario)
