@@ -17,7 +17,7 @@ BAD_SETTINGS = {
     "learning rate negative": ("training.lr=-0.1", "training.lr: should be greater than 0, got -0.1"),
     "batch of 0": ("training.global_batch_size=0", "training.global_batch_size"),
     "batch above the training rows": ("training.global_batch_size=5000", "5000 is more than the 1259 training rows"),
-    "more workers than fit": ("scaling.num_workers=4000", "the most that fits is num_workers ="),
+    "more workers than fit": ("scaling.num_workers=1000", "the most that fits is num_workers ="),
     "missing file": ("data.source=nowhere.csv", "'nowhere.csv': no such file or folder"),
     "missing target": ("data.target=lable", "data.target: no column 'lable', did you mean 'label'?"),
     "absent factory": ("models.mlp.factory=bigray.models:mpl", "did you mean 'mlp'?"),
