@@ -162,6 +162,7 @@ def predict(
         _check_endpoint(target, here)
         console.print_predictions(predict_file(target, data, limit, api_key(key)))
         return
+    _check_bundle(target)
     _predict_offline(target, data, out, batch_size, here, address, allow_factory, as_json)
 
 
@@ -199,6 +200,13 @@ def _predict_offline(
 def _check_endpoint(target: str, here: bool) -> None:
     if here or Path(target).is_dir():
         raise SpecError(f"--out: say where the predictions of {target} go, such as --out predictions.parquet")
+
+
+def _check_bundle(target: str) -> None:
+    if target.startswith(("http://", "https://")):
+        raise SpecError(
+            f"--out: is for a bundle, and {target} is an endpoint; print its answers with > predictions.jsonl"
+        )
 
 
 def _read_method(int8: bool, prune: float | None, low_rank: float | None) -> Method:

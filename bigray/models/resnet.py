@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from bigray.errors import SpecError
+from bigray.models.widths import is_count, is_widths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,8 +53,12 @@ def check_resnet(
     """Raise `SpecError` unless `resnet` takes these. Without torch, so that it can be asked before a start."""
     if len(input_shape) not in (2, 3):
         raise SpecError(f"resnet: expected images of shape (H, W) or (C, H, W), got {input_shape}")
-    if not widths or min(widths) < 1:
-        raise SpecError(f"resnet: widths must be one or more numbers from 1, got {list(widths)}")
+    if not widths or not is_widths(widths):
+        raise SpecError(
+            f"resnet: widths must be one or more whole numbers from 1, such as [16, 32, 64], got {widths!r}"
+        )
+    if not is_count(depth):
+        raise SpecError(f"resnet: depth must be a whole number from 1, got {depth!r}")
     step = 2 * len(widths)
     if depth < step + 2 or (depth - 2) % step:
         raise SpecError(

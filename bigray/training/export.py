@@ -43,7 +43,7 @@ def export_bundle(
     """Write `bundle/` from the trial's best weights.
 
     `sample` holds the validation rows as the model sees them (rows, *model_input_shape): on the first the ONNX export
-    must agree with the module, and with `targets` all are counted in the confusion matrix. `golden_rows` are codes
+    must agree with the module, and with `targets` all are counted in the bundle's evaluation. `golden_rows` are codes
     (rows, *input_shape), to which the module's answers are kept. `holdout` goes in as it is. `on_progress` is called
     between forward passes.
     """

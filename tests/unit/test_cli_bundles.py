@@ -130,6 +130,15 @@ def test_a_bundle_without_a_place_for_its_predictions_is_told(
     assert err.startswith(f"error: --out: say where the predictions of {bundle} go")
 
 
+def test_an_endpoint_with_a_place_for_predictions_is_told(
+    rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, err = _refused(capsys, "predict", "http://127.0.0.1:8000", rows, "--out", str(tmp_path / "out.parquet"))
+
+    assert code == 2
+    assert err.startswith("error: --out: is for a bundle, and http://127.0.0.1:8000 is an endpoint")
+
+
 def test_a_picture_that_cannot_be_written_is_one_line(
     bundle: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,7 +127,8 @@ def test_each_line_of_an_image_is_a_token_of_all_its_channels() -> None:
     [
         ((2, 3, 4, 5), {}, r"expected rows of shape \(T,\), \(T, F\) or \(C, H, W\), got \(2, 3, 4, 5\)"),
         ((8,), {"width": 30}, "width 30 cannot be cut into 4 heads; use a multiple of 4"),
-        ((8,), {"depth": 0}, "must be 1 or more, got 64, 0 and 4"),
+        ((8,), {"depth": 0}, "must be whole numbers from 1, got 64, 0 and 4"),
+        ((8,), {"width": 64.0}, "must be whole numbers from 1, got 64.0, 2 and 4"),
         ((8,), {"mlp_ratio": 0.001}, "mlp_ratio 0.001 leaves a width of 64 nothing"),
         ((8,), {"dropout": 1.0}, "dropout must be at least 0 and less than 1, got 1.0"),
     ],
