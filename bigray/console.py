@@ -142,7 +142,9 @@ def status_line() -> Iterator[StatusLine]:
 
 
 def print_plan(plan: Plan) -> None:
-    """What would start, as a table."""
+    """What would start, and where it may go, as tables."""
+    from bigray.plan_view import facts, nodes_table
+
     table = Table(title=f"plan for {plan.job}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
@@ -158,8 +160,12 @@ def print_plan(plan: Plan) -> None:
         low, high = plan.serve.min_replicas, plan.serve.max_replicas
         count = f"{low}" if low == high else f"{low} to {high}"
         table.add_row("endpoint", f"{count} replicas x {plan.serve.cpus_per_replica:g} CPU, after training")
+    for name, text in facts(plan):
+        table.add_row(name, Text(text))
     table.add_row("fits", "[green]yes[/]; nothing was started")
     out.print(table)
+    if plan.nodes:
+        out.print(nodes_table(plan))
 
 
 def print_leaderboard(board: Leaderboard) -> None:

@@ -52,8 +52,7 @@ class RunPaths:
     @property
     def shared(self) -> Storage:
         """Beside the runs: what they share. No run has this name, they all end in a hash."""
-        folder, uri = self.storage.root.rpartition("/")[0], self.storage.uri.rpartition("/")[0]
-        return Storage(self.storage.filesystem, folder, uri or ".").child(SHARED)
+        return self.storage.parent.child(SHARED)
 
     @staticmethod
     def micro_batch_file(key: str) -> str:

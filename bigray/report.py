@@ -263,13 +263,11 @@ def _without_frame(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def _near(storage: Storage) -> str:
     """Runs beside the one that is not there: of the same job, or with a name like it."""
-    parent, _, name = storage.root.rpartition("/")
-    siblings = Storage(storage.filesystem, parent, parent)
+    siblings, name = storage.parent, storage.root.rpartition("/")[2]
     names = [found for found in siblings.list_names() if siblings.exists(f"{found}/{RUN_FILE}")] if name else []
     near = [found for found in names if found.startswith(f"{name}-")] or difflib.get_close_matches(name, names, n=3)
-    folder, separator, _ = storage.uri.rpartition("/")
-    shown = [f"{folder}{separator}{found}" for found in near]
+    shown = [storage.uri_beside(found) for found in near]
     if not shown and name:  # the folder of all runs, perhaps
         inside = [found for found in storage.list_names() if storage.exists(f"{found}/{RUN_FILE}")]
-        shown = [f"{storage.uri}/{found}" for found in inside[-3:]]
+        shown = [storage.uri_of(found) for found in inside[-3:]]
     return f"; did you mean {' or '.join(shown)}?" if shown else ""

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
 from bigray.errors import CorruptFile, DiskFull, StorageError
+from bigray.s3 import open_s3, options_of, reopen_s3
+from bigray.storage_retry import AT_THE_START, PATIENCE, Patience, is_transient, keep_trying
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
@@ -31,11 +37,14 @@ SECRET_PARAMETERS = re.compile(r"(?is)(?<=[?&])([^=&?]*(?:secret|key|password|to
 """Parameters of a URI that hold a secret."""
 ANY_CREDENTIALS = re.compile(r"(?s)(?<=://).*:.*@")
 """What may be some, in a URI that cannot be read anyway."""
+_logger = logging.getLogger(__name__)
+
 CHUNK_BYTES = 1 << 20
 """Hashed and written at a time: small enough to be in the cache for both, large enough to cost no time in calls."""
 
 Content = bytes | Iterable[bytes | memoryview]
-"""What a file is to hold: at once, or in pieces made while it is written."""
+"""What a file is to hold: at once, or in pieces made while it is written. Pieces that can be walked again, as those of
+a list, let an upload that broke off be begun anew; an iterator does not."""
 
 
 @dataclass(frozen=True)
@@ -49,40 +58,73 @@ class Written:
 
 @dataclass(frozen=True)
 class Storage:
-    """One root under which a run keeps its files. Picklable: the driver hands it to workers and replicas."""
+    """One root under which a run keeps its files. Picklable: the driver hands it to workers and replicas.
+
+    What an object store refuses for a while is tried again for as long as `storage_retry.PATIENCE`; a `StorageError`
+    is final. A pickled one holds no credentials: every process has those of its own environment.
+    """
 
     filesystem: fs.FileSystem
     root: str
     """Path of the root as the filesystem spells it (no scheme)."""
     uri: str
-    """What the user wrote, for messages."""
+    """What the user wrote, for messages, and to open it again elsewhere."""
+    patience: Patience = PATIENCE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.filesystem, fs.S3FileSystem):
+            return _reopened, (options_of(self.filesystem), self.root, self.uri, self.patience)
+        return Storage, (self.filesystem, self.root, self.uri, self.patience)
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
+    @property
+    def parent(self) -> Storage:
+        """The folder this one is in."""
+        path, options = _split_uri(self.uri)
+        uri = path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+        return Storage(self.filesystem, self.root.rpartition("/")[0], uri + options, self.patience)
+
     def child(self, *parts: str) -> Storage:
-        return Storage(self.filesystem, "/".join((self.root, *parts)), "/".join((self.uri, *parts)))
+        return Storage(self.filesystem, "/".join((self.root, *parts)), self.uri_of(*parts), self.patience)
+
+    def uri_of(self, *parts: str) -> str:
+        """The URI of what is in here: how its store is reached stays at the end."""
+        path, options = _split_uri(self.uri)
+        return "/".join((path, *parts)) + options
+
+    def uri_beside(self, name: str) -> str:
+        """The URI of what has this name in the same folder."""
+        path, options = _split_uri(self.uri)
+        folder, slash, _ = path.rpartition("/")
+        return f"{folder}{slash}{name}{options}"
 
     def exists(self, path: str = "") -> bool:
-        with self._telling(path, "look up"):
-            return bool(self.filesystem.get_file_info(self._full(path)).type != fs.FileType.NotFound)
+        info = self._try("look up", path, self.filesystem.get_file_info)
+        return bool(info.type != fs.FileType.NotFound)
 
     def list_names(self, path: str = "") -> list[str]:
         """Base names directly under `path`, sorted; empty where `path` is absent."""
-        with self._telling(path, "list"):
-            selector = fs.FileSelector(self._full(path), allow_not_found=True)
-            return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+        def look(full: str) -> list[fs.FileInfo]:
+            return list(self.filesystem.get_file_info(fs.FileSelector(full, allow_not_found=True)))
+
+        return sorted(info.base_name for info in self._try("list", path, look))
 
     def read_bytes(self, path: str) -> bytes:
-        with self._telling(path, "read"), self.filesystem.open_input_stream(self._full(path)) as stream:
-            return bytes(stream.read())
+        def read(full: str) -> bytes:
+            # a stream would ask an object store for a quarter of a megabyte at a time
+            with self.filesystem.open_input_file(full) as file:
+                return bytes(file.read())
+
+        return self._try("read", path, read)
 
     def file_size(self, path: str) -> int | None:
         """Bytes of a file; None where there is none."""
-        with self._telling(path, "look up"):
-            info = self.filesystem.get_file_info(self._full(path))
-            return int(info.size) if info.type == fs.FileType.File else None
+        info = self._try("look up", path, self.filesystem.get_file_info)
+        return int(info.size) if info.type == fs.FileType.File else None
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a whole file so that a reader sees all of it or nothing, and a crash cannot undo it."""
@@ -91,17 +133,16 @@ class Storage:
     def write_file(self, path: str, content: Content) -> Written:
         """As `write_bytes`, of content that is walked once: each chunk is hashed and written while it is in the cache.
 
+        On an object store it is walked again for each attempt, where it can be.
+
         Raises:
             DiskFull: there is no space for it; what was there before still is.
             StorageError: it cannot be written.
         """
-        full = self._full(path)
-        with self._telling(path, "write"):
-            if self.is_local:
-                return _write_durably(Path(full), content)
-            # an object store shows an object only once its upload is complete
-            with self.filesystem.open_output_stream(full) as stream:
-                return _write_hashing(content, stream.write)
+        if self.is_local:
+            return self._try("write", path, lambda full: _write_durably(Path(full), content))
+        # an object store shows an object only once its upload is complete
+        return self._try("write", path, lambda full: _upload(self.filesystem, full, content), _can_be_again(content))
 
     def create(self, path: str) -> bool:
         """Make an empty file; False where there is one already.
@@ -114,8 +155,7 @@ class Storage:
                 return False
             self.write_bytes(path, b"")
             return True
-        with self._telling(path, "write"):
-            return _create_durably(Path(self._full(path)))
+        return self._try("write", path, lambda full: _create_durably(Path(full)))
 
     def append_line(self, path: str, line: str) -> None:
         """Add to a file on a local disk; it is with the kernel before this returns."""
@@ -124,26 +164,27 @@ class Storage:
 
     def delete_file(self, path: str) -> None:
         """Remove a file that is there."""
-        with self._telling(path, "delete"):
-            self.filesystem.delete_file(self._full(path))
+        self._try("delete", path, _once_there(self.filesystem.delete_file))
 
     def delete_folder(self, path: str) -> None:
         """Remove a folder, its manifest first, so that a half-deleted folder never counts as committed."""
         manifest = f"{path}/{MANIFEST}"
-        with self._telling(path, "delete"):
-            if self.exists(manifest):
-                self.filesystem.delete_file(self._full(manifest))
-                if self.is_local:  # a power cut must not bring the manifest back after the files are gone
-                    _sync_folder(Path(self._full(path)))
-            if self.exists(path):
-                self.filesystem.delete_dir(self._full(path))
+        if self.exists(manifest):
+            self.delete_file(manifest)
+            if self.is_local:  # a power cut must not bring the manifest back after the files are gone
+                self._try("delete", path, lambda full: _sync_folder(Path(full)))
+        if self.exists(path):
+            self._try("delete", path, _once_there(self.filesystem.delete_dir))
 
     def check_writable(self) -> None:
-        """Raise `StorageError` unless a file can be made here; leaves nothing behind, not even the root."""
+        """Raise `StorageError` unless a file can be made here; leaves nothing behind, not even the root.
+
+        Of an object store that does not answer it is told in seconds.
+        """
         if not self.is_local:
-            self.write_bytes(".bigray-probe", b"")
-            with self._telling(".bigray-probe", "delete"):
-                self.filesystem.delete_file(self._full(".bigray-probe"))
+            at_once = replace(self, patience=AT_THE_START)
+            at_once.write_bytes(".bigray-probe", b"")
+            at_once.delete_file(".bigray-probe")
             return
         with self._telling("", "write here"):  # looking is refused too, say below a folder of someone else
             probe = _nearest_existing(Path(self.root))
@@ -153,19 +194,51 @@ class Storage:
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
 
+    def _try(self, action: str, path: str, call: Callable[[str], T], can_be_again: bool = True) -> T:
+        """What `call` gives for the full path, in the end."""
+        full = self._full(path)
+        with self._telling(path, action):
+            if self.is_local or not can_be_again:
+                return call(full)
+
+            def warn(error: OSError) -> None:
+                place, reason = self._place(path), _one_line(error)
+                limit = f"trying again for {self.patience.total_s:g} s"
+                _logger.warning("%s: cannot %s: %s; %s", place, action, reason, limit)
+
+            return keep_trying(lambda: call(full), self.patience, warn)
+
+    def _place(self, path: str) -> str:
+        return self.uri_of(path) if path else self.uri
+
     @contextmanager
     def _telling(self, path: str, action: str) -> Iterator[None]:
         """Turn what the filesystem raises into a `StorageError` that names the place and what was tried."""
         try:
             yield
         except OSError as error:
-            place = f"{self.uri}/{path}" if path else self.uri
+            place = self._place(path)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 reason = os.strerror(error.errno)
                 raise DiskFull(
                     f"{place}: cannot {action}: {reason}; free some, then run the same command again"
                 ) from error
-            raise StorageError(f"{place}: cannot {action}: {error}") from error
+            hint = "; once it answers again, run the same command" if is_transient(error) else ""
+            raise StorageError(f"{place}: cannot {action}: {_one_line(error)}{hint}") from error
+
+
+def _reopened(options: Mapping[str, Any], root: str, uri: str, patience: Patience) -> Storage:
+    return Storage(reopen_s3(options), root, uri, patience)
+
+
+def _split_uri(uri: str) -> tuple[str, str]:
+    """The path, and how its store is reached: what follows `?`. A local path may have a question mark of its own."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return path, mark + options
+
+
+def _one_line(error: OSError) -> str:
+    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
@@ -193,11 +266,12 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     if "://" not in text:
         return Storage(fs.LocalFileSystem(), str(Path(text).expanduser().absolute()), text.rstrip("/") or "/")
     try:
-        filesystem, root = fs.FileSystem.from_uri(text)
+        filesystem, root = open_s3(text) if text.startswith("s3://") else fs.FileSystem.from_uri(text)
     except (ValueError, OSError) as error:
         shown = ANY_CREDENTIALS.sub("***@", text)
         raise StorageError(f"{shown}: cannot open storage: {str(error).replace(text, shown)}") from error
-    return Storage(filesystem, root.rstrip("/"), text.rstrip("/"))
+    path, options = _split_uri(text)
+    return Storage(filesystem, root.rstrip("/"), path.rstrip("/") + options, PATIENCE)
 
 
 def _without_secrets(uri: str) -> str:
@@ -367,6 +441,44 @@ def _write_hashing(content: Content, write: Callable[[memoryview], object]) -> W
             write(chunk)
         size += len(view)
     return Written(size, digest.hexdigest())
+
+
+def _upload(filesystem: fs.FileSystem, full: str, content: Content) -> Written:
+    """Whole, or not at all: pyarrow can only complete an upload, which for one that broke off it refuses."""
+    stream = filesystem.open_output_stream(full)
+    try:
+        if isinstance(content, bytes):  # handed over at once: no signal gets in between
+            stream.write(content)
+            written = Written(len(content), sha256(content))
+        else:
+            written = _write_hashing(content, stream.write)
+    except BaseException:
+        with suppress(OSError):
+            stream.close()
+            if not isinstance(content, bytes):  # what there was of it is an object now
+                filesystem.delete_file(full)
+        raise
+    stream.close()
+    return written
+
+
+def _can_be_again(content: Content) -> bool:
+    return isinstance(content, bytes) or iter(content) is not content
+
+
+def _once_there(delete: Callable[[str], None]) -> Callable[[str], None]:
+    """A deletion of which the answer got lost has happened: to find nothing at the next attempt is what was wanted."""
+    attempts = itertools.count()
+
+    def attempt(full: str) -> None:
+        is_first = next(attempts) == 0
+        try:
+            delete(full)
+        except FileNotFoundError:
+            if is_first:
+                raise
+
+    return attempt
 
 
 def _write_durably(path: Path, content: Content) -> Written:

@@ -8,6 +8,7 @@ import re
 import shlex
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bigray.bundle import BundleManifest, ModelBundle, OutputSchema
-from bigray.cluster.capacity import connected_capacity, local_capacity
+from bigray.cluster.capacity import Capacity, connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.plan import Plan
 from bigray.data.dataset import Dataset
@@ -37,6 +38,7 @@ from bigray.serve.scaling.simulation import SimulationResult
 from bigray.specs import JobSpec, SearchSpec
 from bigray.storage import MANIFEST, Storage, open_storage
 from bigray.training.commands import Event
+from bigray.training.footprint import measure
 from bigray.training.request import RunRequest, make_request
 from bigray.training.runner import training_trials
 from bigray.training.session import Listener, plan_for
@@ -113,7 +115,7 @@ def extend_request(
         _check_same("the search", search_spec.model_dump(mode="json"), asked.model_dump(mode="json"), paths)
     total = extended_total(search_spec.trials, trials, list(read_journal(paths)))
     extended = search_spec.model_copy(update={"trials": total})
-    job_spec = job_spec.model_copy(update={"storage": paths.storage.uri.rpartition("/")[0] or "."})
+    job_spec = job_spec.model_copy(update={"storage": paths.storage.parent.uri})
     request = make_request(job_spec, search_trials(job_spec, extended), document["search"], extended_to=total)
     if request.dataset.fingerprint != document["data"]["fingerprint"]:
         raise SpecError(f"--extend: the rows of {job_spec.data.source} are not those of {paths.run_id}")
@@ -148,17 +150,30 @@ def plan(
         SpecError: the data or a batch size does not suit the job.
         CapacityError: it does not fit the cluster; with the numbers and the nearest thing that would.
     """
-    return plan_request(request_of(Asked(job, search, serve)), serve, address=address)
+    return plan_request(request_of(Asked(job, search, serve)), serve, address=address, measured=True)
 
 
-def plan_request(request: RunRequest, serve: ServeSpec | None = None, *, address: str | None = None) -> Plan:
-    """`plan` for a request whose data has been prepared already."""
+def plan_request(
+    request: RunRequest, serve: ServeSpec | None = None, *, address: str | None = None, measured: bool = False
+) -> Plan:
+    """`plan` for a request whose data has been prepared already.
+
+    `measured`: with the size of its checkpoints, of the disk under its storage and, where there is a cluster to send
+    it to, of this folder; that imports torch, and the user's models.
+    """
+    is_remote = resolve_address(address) is not None
+    with ThreadPoolExecutor(1) as threads:  # importing torch takes as long as to connect
+        measuring = threads.submit(measure, request, to_submit=is_remote) if measured else None
+        capacity = _capacity(address)
+        footprint = measuring.result() if measuring is not None else None
+    return plan_for(request, capacity, serve.needs() if serve is not None else None, footprint)
+
+
+def _capacity(address: str | None) -> Capacity:
     if resolve_address(address) is None:
-        capacity = local_capacity()
-    else:
-        ensure_connected(address)
-        capacity = connected_capacity()
-    return plan_for(request, capacity, serve.needs() if serve is not None else None)
+        return local_capacity()
+    ensure_connected(address)
+    return connected_capacity()
 
 
 def find_bundle(location: str | Path | Storage) -> str:
@@ -291,11 +306,9 @@ def _collect(faults: list[str], load: Any) -> Any:
 
 
 def _runs_near(storage: Storage) -> str:
-    parent, _, name = storage.root.rpartition("/")
-    siblings = Storage(storage.filesystem, parent, parent)
+    siblings, name = storage.parent, storage.root.rpartition("/")[2]
     near = [found for found in siblings.list_names() if found.startswith(f"{name}-")] if name else []
-    shown = storage.uri.rpartition("/")[0]
-    return f"; did you mean {' or '.join(f'{shown}/{found}' for found in near)}?" if near else ""
+    return f"; did you mean {' or '.join(storage.uri_beside(found) for found in near)}?" if near else ""
 
 
 def _row_differences(online: Predictions, offline: Predictions) -> np.ndarray[Any, Any]:

@@ -6,5 +6,6 @@
 # It ends with Ctrl-C, and takes everything it runs with it.
 set -euo pipefail
 export RAY_AUTH_MODE=token
+umask 077                                  # the token is for this user alone: Ray writes it as the umask lets it
 ray get-auth-token --generate >/dev/null   # kept in ~/.ray/auth_token, where bigray and Ray's tools find it
 exec ray start --head --block --dashboard-host=127.0.0.1 "$@"

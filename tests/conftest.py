@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the folder it is in: unit, integration or e2e."""
+    """Mark each test with the folder it is in: unit, integration, e2e or hosts."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         item.add_marker(getattr(pytest.mark, folder))

@@ -6,7 +6,10 @@ import os
 import sys
 
 import bigray.cli.bundles
+import bigray.cli.cluster
 import bigray.cli.data
+import bigray.cli.doctor
+import bigray.cli.jobs
 import bigray.cli.serving
 import bigray.cli.training  # noqa: F401  # each registers its commands
 from bigray.cli.app import app

@@ -58,12 +58,12 @@ def plan(
     from bigray.workflow import plan_request, read_files, request_of
 
     asked = read_files(job, set_ or (), search, serve)
-    planned = plan_request(request_of(asked), asked.serve, address=address)
+    planned = plan_request(request_of(asked), asked.serve, address=address, measured=True)
     console.print_json(planned.to_json()) if as_json else console.print_plan(planned)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """One command that trains, read and checked; nothing has been started."""
 
     request: RunRequest
@@ -88,7 +88,7 @@ def train(
 
     output = Output(as_json, as_events)
     raise_faults(output.faults())
-    _train_or_tune(_Asked(request_of(read_files(job, set_ or ())), None, address, new, output))
+    train_or_tune(Asked(request_of(read_files(job, set_ or ())), None, address, new, output))
 
 
 @app.command(
@@ -134,7 +134,7 @@ def tune(
         assert job is not None, "no job is a fault"
         asked = read_files(job, set_ or (), search or DEFAULT_SEARCH, trials=trials)
         request, spec = request_of(asked), asked.search
-    _train_or_tune(_Asked(request, spec, address, new, output, limit))
+    train_or_tune(Asked(request, spec, address, new, output, limit))
 
 
 @app.command(epilog="Example: bigray show runs/digits-1a2b3c --top 50")
@@ -218,7 +218,7 @@ def run(
     files = read_files(job, set_ or (), search, serve)
     assert files.serve is not None, "read_files loads the serve file it is given"
     request = request_of(files)
-    asked = _Asked(request, files.search, address, new, output, limit)
+    asked = Asked(request, files.search, address, new, output, limit)
     raise_faults(_budget_faults(asked))
     if not is_joining(address):
         plan_request(request, files.serve)  # says no before Ray starts
@@ -243,29 +243,7 @@ def run(
         raise typer.Exit(6)
 
 
-@app.command(epilog="Example: bigray submit examples/digits/job.toml --address http://head:8265 --set storage=/shared")
-def submit(
-    job: JobFile,
-    search: SearchFile = None,
-    serve: Annotated[str, typer.Option("--serve", help="A serve file.")] = "serve/local.yaml",
-    set_: Overrides = None,
-    address: Annotated[
-        str | None,
-        typer.Option("--address", help="The cluster's dashboard, http://head:8265. [env: RAY_API_SERVER_ADDRESS]"),
-    ] = None,
-    exit_: Annotated[bool, typer.Option("--exit", help="End the endpoint after the check.")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job's output.")] = False,
-) -> None:
-    """Send `bigray run` to a cluster as a Ray job, with this folder, and follow it."""
-    from bigray.cluster.submit import run_command, submit_job
-    from bigray.workflow import read_files
-
-    asked = read_files(job, set_ or (), search, serve)
-    command = run_command(job, search=search, serve=serve, overrides=set_ or (), leave=exit_)
-    raise typer.Exit(submit_job(command, storage=asked.job.storage, address=address, follow=not no_wait))
-
-
-def _train_or_tune(asked: _Asked) -> None:
+def train_or_tune(asked: Asked) -> None:
     from bigray.cluster.connect import connect, prepare_environment
     from bigray.training.groups import preload
     from bigray.workflow import plan_request
@@ -280,7 +258,7 @@ def _train_or_tune(asked: _Asked) -> None:
     asked.output.print(_show_board(board, view, asked.output))
 
 
-def _execute(asked: _Asked, on_event: Listener | None = None) -> tuple[Leaderboard, RunView]:
+def _execute(asked: Asked, on_event: Listener | None = None) -> tuple[Leaderboard, RunView]:
     from bigray.live import run_view
     from bigray.training.runner import train_request
     from bigray.tuning.runner import tune_request
@@ -324,7 +302,7 @@ def _read_budget(text: str | None, faults: list[str]) -> Budget | None:
         return None
 
 
-def _budget_faults(asked: _Asked) -> list[str]:
+def _budget_faults(asked: Asked) -> list[str]:
     from bigray.tuning.budget import budget_faults
 
     if asked.budget is None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import glob
 import math
 import os
+import socket
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bigray.specs import ScalingSpec
 
-_UNITS = 10_000
+UNITS = 10_000
 """Ray counts every resource in whole steps of 1e-4."""
+ACCELERATOR_LABEL, ACCELERATOR_RESOURCE = "ray.io/accelerator-type", "accelerator_type:"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Node:
     replicas: int = 0
     """Of Ray Serve, that run here now; what they hold is not free."""
     has_driver: bool = False
+    name: str = ""
+    """Of the host; for tables."""
+    accelerator: str = ""
+    """Type of its GPUs, as its label tells."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,15 @@ class Capacity:
     def replicas(self) -> int:
         return sum(node.replicas for node in self.nodes)
 
+    @property
+    def gpus_by_type(self) -> dict[str, float]:
+        """Accelerator type -> GPUs, those of an unknown type under ""."""
+        found: Counter[str] = Counter()
+        for node in self.nodes:
+            if node.gpus:
+                found[node.accelerator] += node.gpus  # type: ignore[assignment]  # a Counter counts floats too
+        return dict(found)
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -86,7 +102,7 @@ def bundles_that_fit(capacity: Capacity, bundle: Bundle, *, free_only: bool) -> 
     chosen for a third bundle of 0.6, refuses it, and is chosen again, for ever. So where a node looks larger than it
     is, no more are counted than it holds: all of them may come to it.
     """
-    if not _units(bundle.cpus) and not _units(bundle.gpus):
+    if not units(bundle.cpus) and not units(bundle.gpus):
         return sys.maxsize if capacity.nodes else 0
     places = [_places_on(node, bundle, free_only=free_only) for node in capacity.nodes]
     total = sum(place.real for place in places)
@@ -151,41 +167,42 @@ class _Places:
 
 def _places_on(node: Node, bundle: Bundle, *, free_only: bool) -> _Places:
     """The CPUs come in any parts; a share of a GPU is a share of one GPU, and more than one are whole ones."""
-    free_cpus, gpus = (node.free_cpus, _free_shares(node)) if free_only else (node.cpus, _shares(node.gpus))
-    by_cpu = round(free_cpus * _UNITS) // _units(bundle.cpus) if _units(bundle.cpus) else sys.maxsize
-    wanted = _units(bundle.gpus)
+    free_cpus, gpus = (node.free_cpus, free_shares(node)) if free_only else (node.cpus, _shares(node.gpus))
+    by_cpu = round(free_cpus * UNITS) // units(bundle.cpus) if units(bundle.cpus) else sys.maxsize
+    wanted = units(bundle.gpus)
     if not wanted:
         return _Places(by_cpu, by_cpu)
     seen = sum(gpus) // wanted
-    if wanted < _UNITS:
+    if wanted < UNITS:
         real = sum(share // wanted for share in gpus)
-    elif wanted % _UNITS:  # Ray has no worker with one GPU and a half
+    elif wanted % UNITS:  # Ray has no worker with one GPU and a half
         return _Places(0, 0)
     else:
-        real = gpus.count(_UNITS) // (wanted // _UNITS)
+        real = gpus.count(UNITS) // (wanted // UNITS)
     return _Places(min(by_cpu, real), min(by_cpu, seen))
 
 
-def _free_shares(node: Node) -> list[int]:
+def free_shares(node: Node) -> list[int]:
+    """What is free of each GPU, in Ray's steps."""
     if node.free_gpu_shares is None:
         return _shares(node.free_gpus)
-    return [round(share * _UNITS) for share in node.free_gpu_shares]
+    return [round(share * UNITS) for share in node.free_gpu_shares]
 
 
 def _shares(gpus: float) -> list[int]:
-    whole, rest = divmod(round(gpus * _UNITS), _UNITS)
-    return [_UNITS] * whole + ([rest] if rest else [])
+    whole, rest = divmod(round(gpus * UNITS), UNITS)
+    return [UNITS] * whole + ([rest] if rest else [])
 
 
-def _units(asked: float) -> int:
+def units(asked: float) -> int:
     """What is asked for, as Ray counts it: it cuts off what is finer, and adds nothing for a float's last digit."""
-    return int(asked * _UNITS)
+    return int(asked * UNITS)
 
 
 def local_capacity() -> Capacity:
     """What an embedded Ray on this machine will have; starts nothing."""
     cpus, gpus = float(_usable_cpus()), float(_visible_gpus())
-    return Capacity((Node(cpus, gpus, cpus, gpus),))
+    return Capacity((Node(cpus, gpus, cpus, gpus, name=socket.gethostname()),))
 
 
 def _usable_cpus() -> int:
@@ -216,7 +233,7 @@ def connected_capacity() -> Capacity:
     here = ray.get_runtime_context().get_node_id()
     return Capacity(
         tuple(
-            _node(node["Resources"], free.get(node["NodeID"], {}), replicas[node["NodeID"]], node["NodeID"] == here)
+            _node(node, free.get(node["NodeID"], {}), replicas[node["NodeID"]], node["NodeID"] == here)
             for node in ray.nodes()
             if node["Alive"]
         )
@@ -236,7 +253,8 @@ def _replicas_by_node() -> Counter[str]:
     )
 
 
-def _node(resources: dict[str, float], free: dict[str, float], replicas: int, has_driver: bool) -> Node:
+def _node(node: dict[str, Any], free: dict[str, float], replicas: int, has_driver: bool) -> Node:
+    resources: dict[str, float] = node["Resources"]
     return Node(
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
@@ -246,4 +264,21 @@ def _node(resources: dict[str, float], free: dict[str, float], replicas: int, ha
         object_store_bytes=resources.get("object_store_memory", math.inf),
         replicas=replicas,
         has_driver=has_driver,
+        name=_name_of(node),
+        accelerator=accelerator_of(node.get("Labels") or {}, resources),
     )
+
+
+def _name_of(node: dict[str, Any]) -> str:
+    """Hosts have names of their own, but several nodes may be on one, as in a dry run."""
+    return f"{node.get('NodeManagerHostname') or node.get('NodeManagerAddress') or ''} ({node['NodeID'][:6]})".lstrip()
+
+
+def accelerator_of(labels: Mapping[str, str], resources: Mapping[str, float]) -> str:
+    """Type of a node's GPUs: its label, else the resource that older nodes have instead."""
+    if label := labels.get(ACCELERATOR_LABEL):
+        return label
+    named = (
+        name.removeprefix(ACCELERATOR_RESOURCE) for name in sorted(resources) if name.startswith(ACCELERATOR_RESOURCE)
+    )
+    return next(named, "")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bigray.cluster.capacity import local_capacity
+from bigray.cluster.refusals import check_before_joining, explain, open_to_others, token_place
 from bigray.errors import ClusterError
 
 RAY_SETTINGS = {
@@ -42,6 +43,9 @@ RAY_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+JOIN_PATIENCE_S = 5.0
+"""How long a head that does not listen yet is waited for."""
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -58,19 +62,20 @@ def resolve_address(address: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def connect(address: str | None = None) -> Iterator[Connection]:
+def connect(address: str | None = None, *, is_lenient: bool = False) -> Iterator[Connection]:
     """Hold a connection to Ray for the length of a `with` block (driver).
 
     With no address a local Ray is started, token authentication on, and ended with the block; with one ("auto" finds
     the cluster on this machine), that cluster is joined and left running. A connection that is there is used and left.
+    `is_lenient` joins also with a token that other users can read.
 
     Raises:
-        ClusterError: nothing answers at the address, or it refuses the token.
+        ClusterError: nothing answers at the address, it refuses the token, or others can read the token.
     """
     import ray
 
     is_ours = not ray.is_initialized()
-    connection = ensure_connected(address)
+    connection = ensure_connected(address, is_lenient=is_lenient)
     try:
         yield connection
     finally:
@@ -78,7 +83,7 @@ def connect(address: str | None = None) -> Iterator[Connection]:
             ray.shutdown()
 
 
-def ensure_connected(address: str | None = None) -> Connection:
+def ensure_connected(address: str | None = None, *, is_lenient: bool = False) -> Connection:
     """This process's connection to Ray, made where there is none; it then stays until the process ends (driver).
 
     So `train`, `tune` and `deploy` called one after another from Python share one Ray.
@@ -93,11 +98,15 @@ def ensure_connected(address: str | None = None) -> Connection:
     if ray.is_initialized():
         return Connection(ray.get_runtime_context().gcs_address, embedded=False)
     keep_stdout_for_results()
+    if target is not None:
+        check_before_joining(target, JOIN_PATIENCE_S, is_lenient=is_lenient)
     try:
         with contextlib.nullcontext() if target else without_services():
             context = ray.init(address=target or "local", **_init_options(embedded=target is None))
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"{target or 'local'}: cannot connect to Ray: {_first_line(error)}") from error
+        raise ClusterError(explain(error, target or "local")) from error
+    if target is None:
+        keep_token_private()
     return Connection(context.address_info["gcs_address"], embedded=target is None)
 
 
@@ -172,11 +181,15 @@ def keep_stdout_for_results() -> None:
     worker.print_to_stdstream = tell_apart
 
 
+def keep_token_private() -> None:
+    """Ray 2.60 writes the token of a cluster that it starts for everyone to read: leave it to its owner."""
+    place = token_place()
+    if isinstance(place, Path) and not os.environ.get("RAY_AUTH_TOKEN_PATH") and open_to_others(place):
+        with contextlib.suppress(OSError):
+            place.chmod(0o600)
+
+
 def has_token() -> bool:
     """True where a Ray authentication token can be found for this user."""
     default = Path.home() / ".ray" / "auth_token"
     return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")) or default.exists()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

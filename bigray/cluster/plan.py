@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bigray.cluster.capacity import (
@@ -17,8 +18,9 @@ from bigray.cluster.capacity import (
     workers_that_fit,
     workers_that_seem_to_fit,
 )
+from bigray.cluster.placement import NodePlan, place, replicas_beside
 from bigray.errors import CapacityError
-from bigray.specs import JobSpec, ScalingSpec
+from bigray.specs import JobSpec, KeepSpec, ScalingSpec
 
 STEP = 1e-4
 """Ray counts resources in whole steps of this size."""
@@ -37,6 +39,18 @@ class ServeNeeds:
     max_replicas: int
     cpus_per_replica: float
     gpus_per_replica: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run takes beside CPUs, GPUs and memory; None where it is not known."""
+
+    checkpoint_bytes: int | None = None
+    """The largest checkpoint of one trial."""
+    storage_free_bytes: int | None = None
+    """Of the disk the storage is on; None also of an object store, which has no end."""
+    package_bytes: int | None = None
+    """Of the folder that `bigray submit` would send."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,18 @@ class Plan:
     cluster_gpus: float
     cluster_nodes: int
     serve: ServeNeeds | None
+    nodes: tuple[NodePlan, ...] = ()
+    """One placement that works, node by node."""
+    gpus_by_type: dict[str, float] = field(default_factory=dict)
+    """Accelerator type -> GPUs of the cluster, those of an unknown type under ""."""
+    replicas_beside_training: int | None = None
+    """Of the endpoint's floor; those that find a place while all groups train. None without an endpoint."""
+    data_bytes: int = 0
+    """Put into the object store."""
+    footprint: Footprint = Footprint()
+    checkpoints_bytes: int | None = None
+    """On storage at once, at most."""
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,26 +100,35 @@ def make_plan(
     *,
     data_bytes: int = 0,
     trial_actor_bytes: int = 0,
+    footprint: Footprint | None = None,
 ) -> Plan:
     """Fit a job to a cluster.
 
     `data_bytes` is put into the object store once; `trial_actor_bytes` of memory is held by each Tune trial's actor
-    (0: no Tune). The endpoint starts when the groups have ended.
+    (0: no Tune). The endpoint starts when the groups have ended. `footprint` is what has been measured.
 
     Raises:
         CapacityError: it does not fit; with the numbers and the nearest thing that would.
     """
+    footprint = footprint or Footprint()
     faults = [
         *_training_faults(job.scaling, capacity),
         *_data_faults(data_bytes, job.scaling, capacity),
         *_trial_actor_faults(trial_actor_bytes, capacity),
         *(_serve_faults(serve, capacity) if serve else []),
     ]
+    groups = groups_that_fit(capacity, job.scaling, num_trials, trial_actor_bytes=trial_actor_bytes)
+    is_sweep = trial_actor_bytes > 0
+    faults += _checkpoint_faults(job, num_trials, groups, footprint, is_sweep=is_sweep)
     if faults:
         raise CapacityError(faults)
-    groups = groups_that_fit(capacity, job.scaling, num_trials, trial_actor_bytes=trial_actor_bytes)
     a_group = workers_of_a_group(capacity, job.scaling)
     workers = groups * a_group
+    worker = Bundle.of_worker(job.scaling)
+    replica = Bundle(serve.cpus_per_replica, serve.gpus_per_replica) if serve else None
+    floor = serve.min_replicas if serve else 0
+    most = _most_checkpoints(job.training.keep, num_trials, groups, is_sweep=is_sweep)
+    nodes = place(capacity, worker, groups, a_group, replica, floor)
     return Plan(
         job=job.name,
         models=tuple(job.models),
@@ -110,7 +145,52 @@ def make_plan(
         cluster_gpus=capacity.gpus,
         cluster_nodes=len(capacity.nodes),
         serve=serve,
+        nodes=nodes,
+        gpus_by_type=capacity.gpus_by_type,
+        replicas_beside_training=replicas_beside(capacity, worker, nodes, replica, floor) if replica else None,
+        data_bytes=data_bytes,
+        footprint=footprint,
+        checkpoints_bytes=footprint.checkpoint_bytes * most if footprint.checkpoint_bytes is not None else None,
+        notes=tuple(_mixed_groups(nodes)) if job.scaling.gpus_per_worker else (),
     )
+
+
+def _most_checkpoints(keep: KeepSpec, num_trials: int, groups: int, *, is_sweep: bool) -> int:
+    """On storage at once: the kept ones of each trial that may go on or stays, and one that each group is writing."""
+    stay = min(num_trials, keep.best + groups) if is_sweep else num_trials
+    return stay * keep.last + groups
+
+
+def _checkpoint_faults(
+    job: JobSpec, num_trials: int, groups: int, footprint: Footprint, *, is_sweep: bool
+) -> list[str]:
+    free, each, keep = footprint.storage_free_bytes, footprint.checkpoint_bytes, job.training.keep
+    if free is None or not each:
+        return []
+    count = _most_checkpoints(keep, num_trials, groups, is_sweep=is_sweep)
+    if count * each <= free:
+        return []
+    fewer = _most_checkpoints(keep.model_copy(update={"last": 1}), num_trials, groups, is_sweep=is_sweep)
+    nearest = "not one fits there; use a storage with more"
+    if keep.last > 1 and fewer * each <= free:
+        nearest = "training.keep.last = 1 would fit"
+    elif free >= each:
+        nearest = f"{free // each} of them fit there; use a storage with more, or fewer models"
+    needed = f"{count} checkpoints of {_mb(each)} take up to {_mb(count * each)}"
+    return [f"storage: {needed}, but {job.storage} has {_mb(free)} free; {nearest}"]
+
+
+def _mixed_groups(nodes: Sequence[NodePlan]) -> Iterator[str]:
+    """Groups whose workers have GPUs of several types."""
+    types: dict[str, set[str]] = {}
+    for node in nodes:
+        for group in node.workers:
+            types.setdefault(group, set()).add(node.accelerator or "an unknown type")
+    mixed = [(group, found) for group, found in types.items() if len(found) > 1]
+    for group, found in mixed[:1]:
+        many = f" (and {len(mixed) - 1} more)" if len(mixed) > 1 else ""
+        types_text = ", ".join(sorted(found))
+        yield f"group {group}{many} would have GPUs of several types, {types_text}: the slowest sets its pace"
 
 
 def _training_faults(scaling: ScalingSpec, capacity: Capacity) -> list[str]:
@@ -121,9 +201,7 @@ def _training_faults(scaling: ScalingSpec, capacity: Capacity) -> list[str]:
     now = workers_that_fit(capacity, scaling, free_only=True)
     # more may surely fit on the busy cluster: Ray overrates no node whose CPUs run out before its GPUs
     if max(ever, now) < scaling.min_workers:
-        nearest = (
-            f"the most that fits is num_workers = {ever}" if ever else "not one worker of this size fits on any node"
-        )
+        nearest = f"the most that fits is num_workers = {ever}" if ever else _nearest_size(scaling, capacity)
         hint = _share_hint(scaling, capacity, free_only=False)
         return [f"scaling.num_workers: {asked}, but the cluster has {_cluster(capacity)}; {nearest}{hint}"]
     if now < scaling.min_workers:
@@ -141,6 +219,17 @@ def _training_faults(scaling: ScalingSpec, capacity: Capacity) -> list[str]:
             f"a place; num_workers = [{scaling.min_workers}, {now}] would"
         ]
     return []
+
+
+def _nearest_size(scaling: ScalingSpec, capacity: Capacity) -> str:
+    """That no worker fits, and the most CPUs one may hold where it is they that are too many."""
+    able = [node.cpus for node in capacity.nodes if node.gpus >= scaling.gpus_per_worker]
+    most = max(able, default=0.0)
+    smaller = scaling.model_copy(update={"cpus_per_worker": most})
+    text = "not one worker of this size fits on any node"
+    if STEP <= most < scaling.cpus_per_worker and (count := workers_that_fit(capacity, smaller, free_only=False)):
+        return f"with cpus_per_worker = {most:g}, num_workers = {count} would fit, but {text}"
+    return text
 
 
 def _quantity_faults(scaling: ScalingSpec) -> list[str]:

@@ -173,7 +173,7 @@ def _train_on(
             scratch.delete_folder("")
     tuned = ModelBundle.load(location)
     manifest, changed = trained_on(pruned, tuned, bundle.manifest)
-    return _Made(manifest, changed, location.rpartition("/")[0])
+    return _Made(manifest, changed, open_storage(location).parent.uri)
 
 
 def _measure_pruned(
@@ -223,9 +223,7 @@ def _target(source: Storage, bundle: ModelBundle, method: Method, out: str | Non
 
 def _parent(storage: Storage) -> tuple[Storage, str]:
     """The folder that a storage is in, and its name there."""
-    root, _, name = storage.root.rpartition("/")
-    uri = storage.uri.rpartition("/")[0] or ("/" if storage.uri.startswith("/") else ".")
-    return Storage(storage.filesystem, root, uri), name
+    return storage.parent, storage.root.rpartition("/")[2]
 
 
 def _check_source(bundle: ModelBundle, method: Method, storage: Storage) -> None:

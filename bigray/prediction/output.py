@@ -20,7 +20,7 @@ from pyarrow import parquet
 from bigray.errors import SpecError, StorageError
 from bigray.prediction.answers import read_lineage, with_lineage
 from bigray.prediction.parts import Part, check_same
-from bigray.storage import Storage, open_storage
+from bigray.storage import open_storage
 
 SINGLE_FILE = ".parquet"
 PARTS = ".parts"
@@ -35,9 +35,7 @@ class Output:
     def __init__(self, out: str) -> None:
         place = open_storage(out)
         self._is_file = place.root.endswith(SINGLE_FILE)  # a URI may end in settings of its storage
-        root, _, self._name = place.root.rpartition("/")
-        uri = place.uri.rpartition("/")[0] or ("/" if place.uri.startswith("/") else ".")
-        self._parent = Storage(place.filesystem, root, uri)
+        self._parent, self._name = place.parent, place.root.rpartition("/")[2]
         self._parts = self._parent.child(self._name + PARTS) if self._is_file else place
         self.location = place.uri
 

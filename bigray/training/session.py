@@ -22,7 +22,7 @@ import ray
 from bigray.bundle import BundleManifest, FactorySpec, ModelCard, Origin, is_outdated, pack_holdout
 from bigray.cluster.capacity import Capacity, connected_capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
-from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, ServeNeeds, make_plan
+from bigray.cluster.plan import LEG_ACTOR_BYTES, Footprint, Plan, ServeNeeds, make_plan
 from bigray.cross_validation import cross_validate
 from bigray.errors import TrainingFailed
 from bigray.journal import Journal, read_journal
@@ -130,7 +130,9 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
         housekeeping.finish({winner.trial_id, *(finalist.best_seed_trial for finalist in finalists)})
 
 
-def plan_for(request: RunRequest, capacity: Capacity, serve: ServeNeeds | None = None) -> Plan:
+def plan_for(
+    request: RunRequest, capacity: Capacity, serve: ServeNeeds | None = None, footprint: Footprint | None = None
+) -> Plan:
     """`make_plan` of a request.
 
     Raises:
@@ -144,6 +146,7 @@ def plan_for(request: RunRequest, capacity: Capacity, serve: ServeNeeds | None =
         serve,
         data_bytes=request.data_bytes,
         trial_actor_bytes=LEG_ACTOR_BYTES if request.search is not None else 0,
+        footprint=footprint,
     )
 
 

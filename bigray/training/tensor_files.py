@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bigray.errors import StorageError
@@ -41,14 +42,27 @@ _DTYPES = {
 _ITEM_BYTES = {name: 1 if name == "BOOL" else int(name.split("_")[0].lstrip("BFIUC")) // 8 for name in _DTYPES.values()}
 
 
-def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterable[bytes | memoryview]:
     """The file's bytes in order, as views of the tensors' own memory where they are on the CPU and contiguous.
 
-    Tied weights are written once for each of their names.
+    Tied weights are written once for each of their names. The chunks can be walked again, as an upload that broke off
+    has to: the tensors stay as they are until the file is written.
 
     Raises:
-        StorageError: a tensor's dtype is not one of the format.
+        StorageError: where they are walked, a tensor's dtype is not one of the format.
     """
+    return _Chunks(tensors)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    tensors: Mapping[str, torch.Tensor]
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        return _walk(self.tensors)
+
+
+def _walk(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
     # larger items first: each tensor then starts at a multiple of its own item size, as in the library's files
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}

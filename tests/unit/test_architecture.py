@@ -18,7 +18,20 @@ import bigray
 PACKAGE = Path(bigray.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "specs", "storage", "paths", "results", "presets", "termination", "host_memory"}),
+    frozenset(
+        {
+            "errors",
+            "specs",
+            "s3",
+            "storage",
+            "storage_retry",
+            "paths",
+            "results",
+            "presets",
+            "termination",
+            "host_memory",
+        }
+    ),
     frozenset(
         {
             "journal",
@@ -40,7 +53,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cluster", "prediction"}),
     frozenset({"training", "progress", "verification"}),
     frozenset({"tuning"}),
-    frozenset({"workflow", "console", "report", "live", "deploy_view", "explaining", "cli", "__main__"}),
+    frozenset({"workflow", "console", "report", "live", "deploy_view", "plan_view", "explaining", "cli", "__main__"}),
 )
 """A module may import from its own layer and from those above it in this list."""
 
@@ -61,7 +74,7 @@ SERVE_MAY_IMPORT = frozenset(
         "serve",
     }
 )
-MAY_PRINT = frozenset({"console", "cluster.submit"})
+MAY_PRINT = frozenset({"console"})
 
 
 def _modules() -> dict[str, Path]:
