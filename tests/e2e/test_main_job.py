@@ -12,7 +12,7 @@ from bigray.data.features import Column
 from bigray.serve.sample import write_sample_bundle
 from tests.e2e.conftest import BIGRAY, Run, only_json, ray_processes
 
-pytestmark = pytest.mark.timeout(400)  # a whole run: 95 s of a quiet machine with two cores
+pytestmark = pytest.mark.timeout(400)  # a guard against hangs; 145 s were seen on two cores with other work
 
 DIGITS = "examples/digits/job.toml"
 
