@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bigray.errors import SpecError
-from bigray.models.widths import is_count
+from bigray.models.sizes import check_blocks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,14 +49,4 @@ def check_language_model(
         raise SpecError(f"language_model: expected rows of tokens, of shape (T,), got {input_shape}")
     if num_outputs < 2:
         raise SpecError(f"language_model: needs 2 different tokens or more, got {num_outputs}")
-    if not all(is_count(value) for value in (width, depth, heads)):
-        raise SpecError(
-            f"language_model: width, depth and heads must be whole numbers from 1, "
-            f"got {width!r}, {depth!r} and {heads!r}"
-        )
-    if width % heads:
-        raise SpecError(f"language_model: width {width} cannot be cut into {heads} heads; use a multiple of {heads}")
-    if int(mlp_ratio * width) < 1:
-        raise SpecError(f"language_model: mlp_ratio {mlp_ratio} leaves a width of {width} nothing; use 1 or more")
-    if not 0 <= dropout < 1:
-        raise SpecError(f"language_model: dropout must be at least 0 and less than 1, got {dropout}")
+    check_blocks("language_model", width, depth, heads, mlp_ratio, dropout)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bigray.errors import SpecError
-from bigray.models.widths import is_widths
+from bigray.models.sizes import is_widths
 
 if TYPE_CHECKING:
     from torch import nn

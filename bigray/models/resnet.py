@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from bigray.errors import SpecError
-from bigray.models.widths import is_count, is_widths
+from bigray.models.sizes import is_count, is_widths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ def resnet(
     row by itself, and is slower on the CPU. `stem_stride = 2` halves the image in the first convolution: a quarter of
     the work. Weights are laid out channels-last.
 
-    For CIFAR-10 on few cores: `depth = 8, widths = [32, 64, 128], stem_stride = 2`.
+    For CIFAR-10 on few cores: `depth = 8, widths = [24, 64, 128], stem_stride = 2`.
     """
     check_resnet(input_shape, depth, widths, norm, stem_stride, dropout)
     import torch

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from bigray.errors import SpecError
-from bigray.models.widths import is_count
+from bigray.models.sizes import check_blocks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,13 +47,4 @@ def check_tokens(
     """Raise `SpecError` unless `transformer` takes these. Without torch, so that it can be asked before a start."""
     if len(input_shape) not in (1, 2, 3):
         raise SpecError(f"transformer: expected rows of shape (T,), (T, F) or (C, H, W), got {input_shape}")
-    if not all(is_count(value) for value in (width, depth, heads)):
-        raise SpecError(
-            f"transformer: width, depth and heads must be whole numbers from 1, got {width!r}, {depth!r} and {heads!r}"
-        )
-    if width % heads:
-        raise SpecError(f"transformer: width {width} cannot be cut into {heads} heads; use a multiple of {heads}")
-    if int(mlp_ratio * width) < 1:
-        raise SpecError(f"transformer: mlp_ratio {mlp_ratio} leaves a width of {width} nothing; use 1 or more")
-    if not 0 <= dropout < 1:
-        raise SpecError(f"transformer: dropout must be at least 0 and less than 1, got {dropout}")
+    check_blocks("transformer", width, depth, heads, mlp_ratio, dropout)

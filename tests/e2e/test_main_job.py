@@ -5,10 +5,14 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from bigray.bundle import ModelBundle
 from bigray.data.features import Column
 from bigray.serve.sample import write_sample_bundle
 from tests.e2e.conftest import BIGRAY, Run, only_json, ray_processes
+
+pytestmark = pytest.mark.timeout(400)  # a guard against hangs; 145 s were seen on two cores with other work
 
 DIGITS = "examples/digits/job.toml"
 
