@@ -119,7 +119,8 @@ def open_groups(
         try:
             yield WorkerGroups(switchboard, count)
         except Exception:
-            _stop(switchboard, groups)
+            is_over.set()
+            _stop(switchboard, [*groups, *helpers])
             raise
         except BaseException:
             # Ctrl-C: the workers may be hours from their next command, so they are not waited for long; they end on
@@ -128,9 +129,8 @@ def open_groups(
             ray.kill(switchboard)
             _join([*groups, *helpers], LETTING_GO_S)
             raise
-        finally:
-            is_over.set()
-        _stop(switchboard, groups)
+        is_over.set()
+        _stop(switchboard, [*groups, *helpers])
         _wait_for_places(free_cpus)
 
 
@@ -282,11 +282,14 @@ def hold_all(switchboard: Any) -> None:
         ray.get(switchboard.hold_all.remote(HOLD_TIMEOUT_S), timeout=HOLD_TIMEOUT_S + 5)
 
 
-def _stop(switchboard: Any, threads: list[threading.Thread]) -> None:
+def _stop(switchboard: Any, threads: Sequence[threading.Thread]) -> None:
+    """End the groups, and wait for every thread of theirs: one that calls Ray after the driver has left it makes Ray
+    end the whole process, with code 1."""
     with contextlib.suppress(ray.exceptions.RayError):  # already gone with its cluster
         ray.get(switchboard.stop_all.remote(), timeout=STOP_TIMEOUT_S)
     _join(threads, STOP_TIMEOUT_S)
     ray.kill(switchboard)
+    _join(threads, LETTING_GO_S)
 
 
 def _wait_for_places(free_cpus: float) -> None:

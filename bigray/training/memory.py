@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,20 +18,26 @@ def peak_growth_bytes(work: Callable[[], None]) -> int:
     """Do `work` and return how far this process's resident memory rose meanwhile above where it was before.
 
     The kernel's own high-water mark is set back before, where that is permitted; elsewhere a thread looks every 2 ms
-    and can miss a short peak.
+    and can miss a short peak. Pages of mapped files that the kernel takes back meanwhile are counted as a rise: where
+    memory is short, the libraries' own would hide one.
     """
     _give_back_free_memory()
-    before = _status_bytes("VmRSS")
+    before, files_before = _status_bytes("VmRSS"), _status_bytes("RssFile")
     if _reset_high_water_mark():
         work()
-        return max(0, _status_bytes("VmHWM") - before)
-    with _Sampler() as sampler:
-        work()
-    return max(0, sampler.peak_bytes - before)
+        peak = _status_bytes("VmHWM")
+    else:
+        with _Sampler() as sampler:
+            work()
+        peak = sampler.peak_bytes
+    taken_back = max(0, files_before - _status_bytes("RssFile"))
+    return max(0, peak + taken_back - before)
 
 
 def _give_back_free_memory() -> None:
-    """Return to the system what was freed: memory that is used again would not show as a rise (glibc only)."""
+    """Return to the system what was freed, and what is garbage: what is used again would not show as a rise, and what
+    is freed meanwhile would hide one (the first for glibc only)."""
+    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

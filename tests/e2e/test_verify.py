@@ -42,7 +42,7 @@ def test_an_exact_job_is_identical_after_two_kills_and_a_resize(bigray: Run, tmp
     file = tmp_path / "job.toml"
     file.write_text(JOB.format(folder=tmp_path, source=write_blobs(tmp_path / "blobs.npz"), workers=workers))
     done = bigray("verify", str(file), "--kills", "2", "--json", timeout=450)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     document = only_json(done.stdout)
     (model,) = document["models"]
     assert model["verdict"] == "identical"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from bigray.cluster.capacity import Capacity, connected_capacity
-from bigray.cluster.connect import prepare_environment
 from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, make_plan
 from bigray.errors import CapacityError
 from bigray.specs import JobSpec
+from tests.integration.raylets import ray_cluster
 
 EXAMPLES = 30 if os.environ.get("BIGRAY_FULL") else 6
 ROWS = {"train": 70, "validation": 15, "holdout": 15}
@@ -37,21 +37,9 @@ MACHINES = (Machine(4, 2, 3 * LEG_ACTOR_BYTES), Machine(2, 1, LEG_ACTOR_BYTES), 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head that only has the driver, and three nodes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # the test cluster's own processes have no token
-        prepare_environment(joining=True)
-        import ray
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "include_dashboard": False, "memory": 0}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        for machine in MACHINES:
-            cluster.add_node(num_cpus=machine.cpus, num_gpus=machine.gpus, memory=machine.memory_bytes)
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, namespace="bigray", log_to_driver=False)
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+    nodes = [{"num_cpus": node.cpus, "num_gpus": node.gpus, "memory": node.memory_bytes} for node in MACHINES]
+    with ray_cluster({"num_cpus": 0, "memory": 0}, *nodes) as started:
+        yield started
 
 
 def make_job(workers: int, cpus: float, gpus: float) -> JobSpec:

@@ -9,31 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigray.cluster.connect import prepare_environment
 from bigray.journal import read_journal
 from bigray.paths import RunPaths
 from bigray.results import Leaderboard
 from bigray.storage import open_storage
 from bigray.training.commands import Event
 from tests.integration.jobs import last_weights, make_job, weights_of_one_process
+from tests.integration.raylets import ray_cluster
 
 PATIENCE_S = 150.0
 pytestmark = pytest.mark.timeout(500)
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster() -> Iterator[Any]:
     """A head with one CPU, to which nodes can be added."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the test cluster's own processes have no token
-    prepare_environment(joining=True)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(address=cluster.address, namespace="bigray", log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with ray_cluster({"num_cpus": 1}) as started:
+        yield started
 
 
 class Watched:

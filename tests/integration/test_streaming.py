@@ -19,10 +19,10 @@ import pytest
 from pyarrow import parquet
 
 from bigray.bundle import ModelBundle
-from bigray.cluster.connect import prepare_environment
 from bigray.data.scratch import scratch_root
 from bigray.specs import JobSpec
 from bigray.training.runner import train
+from tests.integration.raylets import ray_cluster
 
 LARGE_BYTES = 2_000_000_000 if os.environ.get("BIGRAY_FULL") == "1" else 400_000_000
 BUDGET_BYTES = 1_000_000_000
@@ -62,19 +62,10 @@ def left_behind() -> list[Path]:
 
 # the first of the file: the Ray of the others stays up until the file's end
 @pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_nodes() -> Iterator[None]:
     """A head without room for a worker, and a node with room for two."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the test cluster's own processes have no token
-    prepare_environment(joining=True)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=4)
-    ray.init(address=cluster.address, namespace="bigray", log_to_driver=False)
-    yield
-    ray.shutdown()
-    cluster.shutdown()
+    with ray_cluster({"num_cpus": 1}, {"num_cpus": 4}):
+        yield
 
 
 @pytest.mark.usefixtures("two_nodes")

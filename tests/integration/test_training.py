@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from bigray.journal import read_journal
 from bigray.loading import load_job
 from bigray.paths import RunPaths
 from bigray.storage import open_storage
+from bigray.training import groups
 from bigray.training.commands import Event
 from bigray.training.request import make_request
 from bigray.training.runner import train, training_trials
@@ -75,6 +77,22 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not is_so():
         assert time.monotonic() < deadline, "it did not become so"
         time.sleep(0.2)
+
+
+def test_no_thread_of_a_run_is_left_that_could_use_ray_after_the_driver_has_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray ends a process with code 1 on the spot where one does: a command that had succeeded would say it failed."""
+
+    def slow_to_end(_: object, is_over: threading.Event) -> None:
+        is_over.wait()
+        time.sleep(2.0)
+
+    monkeypatch.setattr(groups, "_watch_drains", slow_to_end)
+    before = set(threading.enumerate())
+    train(make_job(tmp_path))
+
+    assert [thread.name for thread in threading.enumerate() if thread not in before] == []
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_with_the_nearest_that_fits(tmp_path: Path) -> None:

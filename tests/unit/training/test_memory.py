@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gc
+import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,3 +89,29 @@ def test_the_peak_of_a_piece_of_work_is_seen_also_when_it_is_over(
 )
 def test_bytes_are_shown_short(num_bytes: float, text: str) -> None:
     assert shown(num_bytes) == text
+
+
+def test_garbage_that_is_collected_meanwhile_hides_nothing() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself, self.memory = self, np.ones(60 * MIB, np.uint8)
+
+    def work() -> None:
+        gc.collect()
+        np.ones(30 * MIB, np.uint8)
+
+    Cycle()
+    assert peak_growth_bytes(work) > 28 * MIB
+
+
+def test_pages_of_files_that_the_kernel_takes_back_meanwhile_hide_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "library"
+    file.write_bytes(b"0" * (60 * MIB))
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        assert sum(pages[:: mmap.PAGESIZE]) > 0, "every page has been looked at, and counts as resident"
+
+        def work() -> None:
+            pages.madvise(mmap.MADV_DONTNEED)
+            np.ones(30 * MIB, np.uint8)
+
+        assert peak_growth_bytes(work) > 28 * MIB
