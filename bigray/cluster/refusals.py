@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,11 +170,26 @@ def _ask_for_the_cluster(address: str) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined, unused-ignore]
 
     try:
-        GcsClient(address=address)
+        with _without_rays_warnings():
+            GcsClient(address=address)
     except Exception as error:
         if UNAUTHENTICATED.search(f"{type(error).__name__}: {error}"):
             raise ClusterError(explain(error, address)) from error
         # whatever else it is, Ray tries again and has the last word
+
+
+@contextlib.contextmanager
+def _without_rays_warnings() -> Iterator[None]:
+    """Ray's C++ writes a line of its own to standard error before it raises; ours says the same, with the way out."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

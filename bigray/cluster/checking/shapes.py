@@ -188,7 +188,8 @@ def shown(value: Any) -> str:
         return f"the number {value}"
     if isinstance(value, str):
         return f"the text '{value}'" if len(value) <= 40 else "a text"
-    return {dict: "a mapping", list: "a list"}.get(type(value), f"a {type(value).__name__}")
+    kinds: dict[type, str] = {dict: "a mapping", list: "a list"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _is_number(value: Any) -> bool:
