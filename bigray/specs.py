@@ -580,7 +580,9 @@ class ScalingSpec(Spec):
     """A number, or [least, most]: elastic, the group starts with what fits and follows the cluster."""
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Above 0 the group runs on GPUs over NCCL."""
+    """Above 0 the group runs on GPUs over NCCL; ranks that share a GPU use gloo."""
+    accelerator: str | None = Field(default=None, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")
+    """Type of GPU that each worker gets, by its node's label `ray.io/accelerator-type`, such as "A100"; none: any."""
     max_failures: int = Field(default=3, ge=0)
     """Worker deaths a trial survives; after each it goes on from the last checkpoint. A preemption is not one."""
     isolate: bool = False
@@ -590,6 +592,20 @@ class ScalingSpec(Spec):
     memory, shared out over its workers."""
     warm_spare: bool = True
     """Beside a run that lasts, keep an idle process with all imported, that takes a lost worker's seat (CPU only)."""
+
+    @model_validator(mode="after")
+    def _an_accelerator_can_be_placed(self) -> ScalingSpec:
+        if self.accelerator is not None and not self.gpus_per_worker:
+            raise ValueError(f"accelerator: '{self.accelerator}' needs GPUs; set gpus_per_worker, or remove it")
+        if self.accelerator is not None and self.is_elastic:
+            # Ray Train 2.60 counts places for an elastic group by resources alone, and would wait for some for ever
+            raise ValueError(f"accelerator: not with an elastic group; use num_workers = {self.max_workers}")
+        return self
+
+    @property
+    def may_share_gpus(self) -> bool:
+        """Whether two workers of a group may be placed on one GPU."""
+        return 0 < self.gpus_per_worker <= 0.5 and self.max_workers > 1
 
     @property
     def is_elastic(self) -> bool:
@@ -624,6 +640,13 @@ class JobSpec(Spec):
                 f"training.logical_shards: {training.logical_shards} shards cannot keep {most} workers busy; "
                 f"use logical_shards = {most} or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fsdp_has_whole_gpus(self) -> JobSpec:
+        share = self.scaling.gpus_per_worker
+        if self.training.strategy == "fsdp" and self.scaling.may_share_gpus:
+            raise ValueError(f"scaling.gpus_per_worker: {share:g}: fsdp cannot have two workers on one GPU; use 1")
         return self
 
     def fixed_by(self) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from bigray.bundle import BundleManifest, ModelBundle, OutputSchema
-from bigray.cluster.capacity import Capacity, connected_capacity, local_capacity
+from bigray.cluster.capacity import Capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
+from bigray.cluster.growth import growing_capacity
 from bigray.cluster.plan import Plan
 from bigray.data.dataset import Dataset
 from bigray.errors import DeployError, SpecError, StorageError
@@ -173,7 +174,7 @@ def _capacity(address: str | None) -> Capacity:
     if resolve_address(address) is None:
         return local_capacity()
     ensure_connected(address)
-    return connected_capacity()
+    return growing_capacity()
 
 
 def find_bundle(location: str | Path | Storage) -> str:

@@ -40,6 +40,8 @@ class Node:
     """Of the host; for tables."""
     accelerator: str = ""
     """Type of its GPUs, as its label tells."""
+    is_new: bool = False
+    """Not there yet: the autoscaler may add it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Capacity:
     """A cluster's nodes."""
 
     nodes: tuple[Node, ...]
+    can_grow: bool = False
+    """An autoscaler starts nodes for what finds no place, and what has a place may wait for one again."""
 
     @property
     def cpus(self) -> float:
@@ -84,10 +88,16 @@ class Bundle:
 
     cpus: float
     gpus: float
+    accelerator: str | None = None
+    """Type of GPU that it has to be on; None: any."""
 
     @classmethod
     def of_worker(cls, scaling: ScalingSpec) -> Bundle:
-        return cls(scaling.cpus_per_worker, scaling.gpus_per_worker)
+        return cls(scaling.cpus_per_worker, scaling.gpus_per_worker, scaling.accelerator)
+
+    def may_use(self, accelerator: str) -> bool:
+        """Whether it may be placed on a node with GPUs of this type."""
+        return self.accelerator in (None, accelerator)
 
 
 def workers_that_fit(capacity: Capacity, scaling: ScalingSpec, *, free_only: bool) -> int:
@@ -167,6 +177,8 @@ class _Places:
 
 def _places_on(node: Node, bundle: Bundle, *, free_only: bool) -> _Places:
     """The CPUs come in any parts; a share of a GPU is a share of one GPU, and more than one are whole ones."""
+    if not bundle.may_use(node.accelerator):
+        return _Places(0, 0)
     free_cpus, gpus = (node.free_cpus, free_shares(node)) if free_only else (node.cpus, _shares(node.gpus))
     by_cpu = round(free_cpus * UNITS) // units(bundle.cpus) if units(bundle.cpus) else sys.maxsize
     wanted = units(bundle.gpus)

@@ -42,13 +42,16 @@ class _Room:
 
     cpus: int
     gpus: list[int]
+    accelerator: str
 
     @classmethod
     def of(cls, node: Node) -> _Room:
-        return cls(round(node.free_cpus * UNITS), free_shares(node))
+        return cls(round(node.free_cpus * UNITS), free_shares(node), node.accelerator)
 
     def fits(self, bundle: Bundle) -> int:
         """Bundles of this size that find a place, one after another."""
+        if not bundle.may_use(self.accelerator):
+            return 0
         cpus, gpus = units(bundle.cpus), units(bundle.gpus)
         by_cpu = self.cpus // cpus if cpus else sys.maxsize
         if not gpus:
@@ -60,7 +63,7 @@ class _Room:
     def take(self, bundle: Bundle) -> bool:
         """Hold one more, as a node does: whole GPUs, or a part of the one with the least that is enough."""
         cpus, gpus = units(bundle.cpus), units(bundle.gpus)
-        if self.cpus < cpus:
+        if self.cpus < cpus or not bundle.may_use(self.accelerator):
             return False
         if gpus >= UNITS:
             chosen = [index for index, free in enumerate(self.gpus) if free == UNITS][: gpus // UNITS]
@@ -140,14 +143,13 @@ def _pack(
 
 def _spread(rooms: Sequence[_Room], bundle: Bundle, count: int, held: Sequence[int]) -> list[int]:
     """Nodes of so many bundles, each on one of those that have the fewest, counting what is `held` already."""
+    emptiest = [(held[index], -fits, index) for index, room in enumerate(rooms) if (fits := room.fits(bundle))]
+    heapq.heapify(emptiest)
     placed: list[int] = []
-    counts = list(held)
-    while len(placed) < count:
-        roomy = [index for index, room in enumerate(rooms) if room.fits(bundle)]
-        if not roomy:
-            break
-        index = min(roomy, key=lambda index: (counts[index], -rooms[index].fits(bundle), index))
+    while emptiest and len(placed) < count:
+        have, _, index = heapq.heappop(emptiest)
         rooms[index].take(bundle)
-        counts[index] += 1
         placed.append(index)
+        if fits := rooms[index].fits(bundle):
+            heapq.heappush(emptiest, (have + 1, -fits, index))
     return placed

@@ -86,6 +86,10 @@ class Plan:
     checkpoints_bytes: int | None = None
     """On storage at once, at most."""
     notes: tuple[str, ...] = ()
+    new_nodes: int = 0
+    """Of `cluster_nodes` those that the autoscaler may add; they are not there yet."""
+    can_grow: bool = False
+    """The cluster has an autoscaler, so that a group may have to wait for a node."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,7 +155,9 @@ def make_plan(
         data_bytes=data_bytes,
         footprint=footprint,
         checkpoints_bytes=footprint.checkpoint_bytes * most if footprint.checkpoint_bytes is not None else None,
-        notes=tuple(_mixed_groups(nodes)) if job.scaling.gpus_per_worker else (),
+        notes=(*_gpu_notes(job.scaling, nodes), *_growth_notes(capacity)),
+        new_nodes=_num_new(capacity),
+        can_grow=capacity.can_grow,
     )
 
 
@@ -178,6 +184,13 @@ def _checkpoint_faults(
         nearest = f"{free // each} of them fit there; use a storage with more, or fewer models"
     needed = f"{count} checkpoints of {_mb(each)} take up to {_mb(count * each)}"
     return [f"storage: {needed}, but {job.storage} has {_mb(free)} free; {nearest}"]
+
+
+def _gpu_notes(scaling: ScalingSpec, nodes: Sequence[NodePlan]) -> Iterator[str]:
+    if scaling.gpus_per_worker:
+        yield from _mixed_groups(nodes)
+    if scaling.may_share_gpus:
+        yield "workers of a group may share a GPU: their gradients then go over gloo, since NCCL refuses it"
 
 
 def _mixed_groups(nodes: Sequence[NodePlan]) -> Iterator[str]:
@@ -223,6 +236,9 @@ def _training_faults(scaling: ScalingSpec, capacity: Capacity) -> list[str]:
 
 def _nearest_size(scaling: ScalingSpec, capacity: Capacity) -> str:
     """That no worker fits, and the most CPUs one may hold where it is they that are too many."""
+    if scaling.accelerator is not None and scaling.accelerator not in capacity.gpus_by_type:
+        found = ", ".join(f"{gpus:g} x {kind or 'an unknown type'}" for kind, gpus in capacity.gpus_by_type.items())
+        return f"scaling.accelerator is '{scaling.accelerator}', and its GPUs are {found or 'none'}"
     able = [node.cpus for node in capacity.nodes if node.gpus >= scaling.gpus_per_worker]
     most = max(able, default=0.0)
     smaller = scaling.model_copy(update={"cpus_per_worker": most})
@@ -306,7 +322,7 @@ def _describe(scaling: ScalingSpec) -> str:
     least = scaling.min_workers
     text = f"{'at least ' if scaling.is_elastic else ''}{least} workers x {scaling.cpus_per_worker:g} CPU"
     if scaling.gpus_per_worker:
-        text += f" + {scaling.gpus_per_worker:g} GPU"
+        text += f" + {scaling.gpus_per_worker:g} GPU" + (f" '{scaling.accelerator}'" if scaling.accelerator else "")
     needs = f"{least * scaling.cpus_per_worker:g} CPUs"
     if scaling.gpus_per_worker:
         needs += f" and {least * scaling.gpus_per_worker:g} GPUs"
@@ -315,7 +331,17 @@ def _describe(scaling: ScalingSpec) -> str:
 
 def _cluster(capacity: Capacity) -> str:
     nodes = f"{len(capacity.nodes)} node" + ("s" if len(capacity.nodes) != 1 else "")
-    return f"{capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs on {nodes}"
+    added = f", with the {new} that its autoscaler may add" if (new := _num_new(capacity)) else ""
+    return f"{capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs on {nodes}{added}"
+
+
+def _growth_notes(capacity: Capacity) -> Iterator[str]:
+    if new := _num_new(capacity):
+        yield f"{new} of the {len(capacity.nodes)} nodes are not there yet: the autoscaler adds those that are needed"
+
+
+def _num_new(capacity: Capacity) -> int:
+    return sum(node.is_new for node in capacity.nodes)
 
 
 def _mb(size_bytes: float) -> str:

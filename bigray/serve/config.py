@@ -6,6 +6,7 @@ the nearest known key. Nothing of Ray is imported: `bigray plan` reads these fil
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,6 +156,14 @@ class ActorSection(_Section):
     label_selector: dict[str, str] | None = None
     fallback_strategy: list[JsonObject] | None = None
     runtime_env: JsonObject = {}
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _many_gpus_are_whole(cls, value: float) -> float:
+        """Ray would refuse each replica, one after another."""
+        if value > 1 and value != int(value):
+            raise ValueError(f"more than one GPU must be whole ones; use {math.ceil(value)}")
+        return value
 
 
 class DeploymentSection(_Section):

@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bigray.cluster.capacity import connected_capacity
+from bigray.cluster.capacity import ACCELERATOR_LABEL, connected_capacity
 from bigray.data.dataset import Dataset
 from bigray.data.folds import Fold
 from bigray.errors import Preempted, last_line
@@ -49,6 +49,8 @@ SETTLED_AFTER_S = 60.0
 """A controller that lasted this long begins a new row."""
 MAX_STARTS = 3
 """Attempts to place a group before it is given up."""
+MAX_STARTS_WHILE_GROWING = 180
+"""Half an hour where the cluster has an autoscaler: a node has to boot, and one that does not is asked for again."""
 MAX_ELASTIC_STARTS = 1000
 """An elastic group waits for its least number of workers; each attempt takes ten seconds."""
 NO_GROUP = -1
@@ -81,9 +83,18 @@ def preload() -> threading.Thread:
 
 @contextlib.contextmanager
 def open_groups(
-    count: int, scaling: ScalingSpec, dataset: Dataset, paths: RunPaths, attempt: int, folds: Iterable[Fold] = ()
+    count: int,
+    scaling: ScalingSpec,
+    dataset: Dataset,
+    paths: RunPaths,
+    attempt: int,
+    folds: Iterable[Fold] = (),
+    *,
+    can_grow: bool = False,
 ) -> Iterator[WorkerGroups]:
     """Hold `count` groups for the length of a `with` block (driver). They start in the background.
+
+    `can_grow`: the cluster's autoscaler may have to start nodes for them.
 
     The training arrays, also those of each fold, go into the object store once; rows that are streamed stay in their
     files. On Ctrl-C or SIGTERM, call `hold_all`
@@ -108,10 +119,11 @@ def open_groups(
     )
     is_over = threading.Event()
     free_cpus = connected_capacity().free_cpus
+    starts = _max_starts(scaling, can_grow=can_grow)
     with tempfile.TemporaryDirectory(prefix="bigray-train-", ignore_cleanup_errors=True) as scratch:
         groups = [
-            _start_thread(f"worker-group-{group}", _run_group, replace(setup, group=group), scaling, scratch, is_over)
-            for group in range(count)
+            _start_thread(f"worker-group-{group}", _run_group, mine, scaling, scratch, is_over, starts)
+            for group, mine in ((group, replace(setup, group=group)) for group in range(count))
         ]
         helpers = [_start_thread("drain-watch", _watch_drains, switchboard, is_over)]
         if scaling.warm_spare and not scaling.gpus_per_worker:
@@ -140,7 +152,15 @@ def _start_thread(name: str, work: Callable[..., None], *arguments: Any) -> thre
     return thread
 
 
-def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: threading.Event) -> None:
+def _max_starts(scaling: ScalingSpec, *, can_grow: bool) -> int:
+    if scaling.is_elastic:
+        return MAX_ELASTIC_STARTS
+    return MAX_STARTS_WHILE_GROWING if can_grow else MAX_STARTS
+
+
+def _run_group(
+    setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: threading.Event, max_starts: int
+) -> None:
     """One group's whole life (a driver thread; `fit` blocks until its workers leave the command loop).
 
     Where Ray Train's controller dies too, or gives up over a worker's death, the workers start again under another one.
@@ -149,7 +169,7 @@ def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: t
     for number in itertools.count():
         began = time.monotonic()
         try:
-            _make_trainer(setup, scaling, f"{scratch}/{number}").fit()
+            _make_trainer(setup, scaling, f"{scratch}/{number}", max_starts).fit()
             message = "the worker group was stopped"
             break
         except Exception as error:  # whatever ends the run must reach those who wait for the group
@@ -166,7 +186,7 @@ def _run_group(setup: GroupSetup, scaling: ScalingSpec, scratch: str, is_over: t
 def is_a_death(error: Exception) -> bool:
     """Whether `fit` failed because a process died: the controller, or a worker while Ray Train was placing another.
 
-    A group for which there is no place is not among them: its controller has tried `MAX_STARTS` times.
+    A group for which there is no place is not among them: its controller has tried often enough (`_max_starts`).
     """
     from ray.train import ControllerError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
@@ -191,7 +211,7 @@ def _free_places_of(actor_id: str | None) -> None:
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
 
 
-def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
+def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str, max_starts: int) -> Any:
     from ray.train import FailureConfig, RunConfig
 
     from bigray.training.backend import GroupConfig
@@ -209,10 +229,7 @@ def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str) -> Any:
             storage_path=scratch,
             # the switchboard counts deaths, for each trial; but a group that cannot be placed must end with an error,
             # not wait for ever (Ray's default)
-            failure_config=FailureConfig(
-                max_failures=-1,
-                controller_failure_limit=MAX_ELASTIC_STARTS if scaling.is_elastic else MAX_STARTS,
-            ),
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=max_starts),
         ),
     )
     # what an elastic group may take of the cluster is reserved under this name, for three minutes beyond a controller
@@ -231,6 +248,9 @@ def _scaling_config(scaling: ScalingSpec) -> Any:
         num_workers=scaling.num_workers,
         use_gpu=scaling.gpus_per_worker > 0,
         resources_per_worker=resources,
+        # one group on as few nodes as hold it; Ray gives each the node with the most room, so that groups are spread
+        placement_strategy="PACK",
+        label_selector={ACCELERATOR_LABEL: scaling.accelerator} if scaling.accelerator else None,
         elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
     )
 

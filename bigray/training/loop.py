@@ -486,11 +486,11 @@ class TrialTraining:
 
         Into torch's memory, not numpy's: kernels give the same bits at addresses of the same alignment.
         """
-        tensor = torch.empty((len(rows), *array.shape[1:]), dtype=_DTYPES[array.dtype])
+        is_on_gpu = self.worker.device.type == "cuda"
+        tensor = torch.empty((len(rows), *array.shape[1:]), dtype=_DTYPES[array.dtype], pin_memory=is_on_gpu)
         array.take(rows, axis=0, out=tensor.numpy(), mode="clip")
-        if self.worker.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.worker.device, non_blocking=True)
+        # torch gives pinned memory out again only once the copies from it that are under way have ended
+        return tensor.to(self.worker.device, non_blocking=True) if is_on_gpu else tensor
 
 
 _DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.int64): torch.int64, np.dtype(np.int8): torch.int8}

@@ -22,6 +22,8 @@ class Member:
     """World rank that Ray Train gave it; None for a spare."""
     num_slots: int = 0
     """World size that Ray Train started it with; 0 for a spare."""
+    gpu: str = ""
+    """The GPU it computes on, as Ray numbers those of a node; empty without one."""
 
     @property
     def key(self) -> tuple[str, int]:

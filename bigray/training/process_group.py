@@ -46,9 +46,14 @@ def process_group(
         address = look_up()
         store = TCPStore(address.host, address.port, is_master=False, timeout=timeout)
     _set_environment(place, address)
+    if backend == "nccl":
+        # torch's watchdog would end this process with the lost one; here the survivors break off and go on (`_abort`)
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     before = open_sockets()  # as late as can be: what other threads open from here on is taken for the group's
     try:
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        # no `device_id`, which would have NCCL connect here, where no heartbeat runs yet that could break it off
+        backends = backends_by_device(backend)
+        dist.init_process_group(backends, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         opened = {fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode}
         _set_pg_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         yield lambda: _abort(backend, opened)
@@ -59,11 +64,15 @@ def process_group(
                 dist.destroy_process_group()
 
 
+def backends_by_device(backend: str) -> str:
+    """What `init_process_group` is asked for. Control messages are on the CPU, so that NCCL has gloo beside it."""
+    return "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+
+
 def _abort(backend: str, opened: dict[int, int]) -> None:
-    if backend == "nccl":
+    if backend == "nccl" and dist.is_initialized():
         dist.distributed_c10d._abort_process_group()  # not run on a GPU
-    else:
-        _hang_up(opened)
+    _hang_up(opened)  # gloo's connections outlast an abort
 
 
 def _set_environment(place: Place, address: Address) -> None:
@@ -107,7 +116,7 @@ def _hang_up(sockets: dict[int, int]) -> None:
 
 
 def broadcast_object(value: Any, source: int, world_size: int, group: dist.ProcessGroup | None) -> Any:
-    """`value` of rank `source` on every rank. `group` is a gloo group where the default one is on GPUs."""
+    """`value` of rank `source` on every rank, over gloo."""
     box = [value]
     if world_size > 1:
         dist.broadcast_object_list(box, src=source, group=group)

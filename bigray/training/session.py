@@ -20,8 +20,9 @@ from typing import Any
 import ray
 
 from bigray.bundle import BundleManifest, FactorySpec, ModelCard, Origin, is_outdated, pack_holdout
-from bigray.cluster.capacity import Capacity, connected_capacity, local_capacity
+from bigray.cluster.capacity import Capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
+from bigray.cluster.growth import growing_capacity
 from bigray.cluster.plan import LEG_ACTOR_BYTES, Footprint, Plan, ServeNeeds, make_plan
 from bigray.cross_validation import cross_validate
 from bigray.errors import TrainingFailed
@@ -103,7 +104,7 @@ def run_trials(
 
 def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths, judge: Judge | None) -> None:
     job = request.job
-    plan = plan_for(request, connected_capacity())
+    plan = plan_for(request, growing_capacity())
     paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
     earlier = list(read_journal(paths))
     journal = Journal.open(paths)
@@ -114,7 +115,10 @@ def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: R
     housekeeping = Housekeeping(paths, trials, journal.attempt, keep_best, earlier, is_population=is_population)
     journal.append("attempt", plan=plan.to_json(), notes=list(request.dataset.notes))
     listener(Event("groups", "", {"groups": plan.groups, "workers": plan.workers_per_group}))
-    with open_groups(plan.groups, job.scaling, request.dataset, paths, journal.attempt, request.folds) as groups:
+    held = open_groups(
+        plan.groups, job.scaling, request.dataset, paths, journal.attempt, request.folds, can_grow=plan.can_grow
+    )
+    with held as groups:
         with _event_stream(groups, journal, housekeeping, listener) as is_unheard:
             drive(LiveRun(request, groups, paths, earlier, is_unheard))
         events = list(read_journal(paths))

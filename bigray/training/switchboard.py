@@ -292,10 +292,10 @@ class Switchboard:
             await self._notify()
 
     async def group_ended(self, group: int, message: str) -> None:
-        """The group's Ray Train run is over (driver)."""
+        """The group's Ray Train run is over (driver), or can never train (worker); the first message counts."""
         it = self._groups[group]
         async with self._freed:
-            it.ended, it.roster = message, Roster()  # a spare in it looks for a seat elsewhere
+            it.ended, it.roster = it.ended or message, Roster()  # a spare in it looks for a seat elsewhere
             if group in self._free:
                 self._free.remove(group)
             self._settle(it, failure=GroupLost(message))
@@ -345,6 +345,10 @@ class Switchboard:
         """Wait until every group has begun its first generation (driver)."""
         async with self._changed:
             await self._changed.wait_for(lambda: all(it.roster.generation or it.ended for it in self._groups))
+
+    async def is_over(self) -> bool:
+        """Whether no group is wanted any longer (Ray Train's controllers, between two attempts to place one)."""
+        return all(it.is_stopping or it.ended for it in self._groups)
 
     async def has_begun(self) -> bool:
         """Whether any group is up (driver)."""

@@ -40,12 +40,27 @@ class _WithoutBarrier(WorkerGroupCallback):  # type: ignore[misc]
         worker_group.SynchronizationActor = ray.remote(num_cpus=0)(NoBarrier)  # in the controller's own process
 
 
+class _OnlyWhileWanted(WorkerGroupCallback):  # type: ignore[misc]
+    """Ends a controller that is still looking for places when the run is over, as one that waits for a node does.
+
+    It gives back what it has asked the autoscaler for; nothing else tells it, for it has no worker yet.
+    """
+
+    def __init__(self, switchboard: Any) -> None:
+        self._switchboard = switchboard
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if ray.get(self._switchboard.is_over.remote()):
+            raise RuntimeError("the run is over")
+
+
 class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]
     """Runs one worker group (driver thread)."""
 
     def _create_default_callbacks(self) -> list[Any]:
         usual = super()._create_default_callbacks()
-        return [_WithoutBarrier(), *(it for it in usual if not isinstance(it, _NO_USE_FOR))]
+        wanted = _OnlyWhileWanted(self.train_loop_config["setup"].switchboard)
+        return [_WithoutBarrier(), wanted, *(it for it in usual if not isinstance(it, _NO_USE_FOR))]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if is_embedded() and not self.scaling_config.elasticity_enabled:

@@ -44,6 +44,7 @@ from bigray.training.commands import (
     TrialState,
 )
 from bigray.training.context import LoopTraining, make_training
+from bigray.training.devices import backend_of
 from bigray.training.export import export_bundle
 from bigray.training.heartbeat import Heartbeat
 from bigray.training.isolation import CleanState, seed_everything
@@ -64,6 +65,7 @@ from bigray.training.usage import Meter, Usage, private_rss_bytes
 if TYPE_CHECKING:
     from bigray.training.stack_checkpoint import StackedLane
 
+_ABOUT_A_PEER = ("gloo/transport", "NCCL", "Default process group has not been initialized")
 REJOIN_PAUSE_S = 0.1
 """After a process group that could not be formed."""
 
@@ -103,7 +105,8 @@ def _import_what_is_imported_late() -> None:
 
 def _this_process(slot: int | None, num_slots: int) -> Member:
     node_id = ray.get_runtime_context().get_node_id()
-    return Member(node_id, ray.util.get_node_ip_address(), os.getpid(), slot, num_slots)
+    gpu = next(map(str, ray.get_gpu_ids()), "")
+    return Member(node_id, ray.util.get_node_ip_address(), os.getpid(), slot, num_slots, gpu)
 
 
 def _serve(setup: GroupSetup, group: int | None, member: Member, device: torch.device) -> None:
@@ -166,14 +169,14 @@ class _Process:
         """Form the process group of a generation and carry out commands until the generation or the run ends."""
         setup = replace(self.setup, group=group)
         worker = Worker(place.rank, place.world_size, self.device)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        backend = backend_of(place.members, self.device.type)
         try:
             with process_group(place, backend, self._publisher(group, place), self._looker(group, place)) as hang_up:
                 self.clean.note_group()
                 self._carry_out_commands(setup, worker, place, hang_up)
         except GenerationBroken:
             pass
-        except (dist.DistError, RuntimeError) as error:
+        except (dist.DistError, RuntimeError, ValueError) as error:
             if not is_about_a_peer(error):
                 raise
             time.sleep(REJOIN_PAUSE_S)
@@ -236,8 +239,8 @@ class _CommandLoop:
     ) -> None:
         self.setup, self.worker = setup, worker
         self.is_first = worker.rank == 0
-        # control messages are Python objects: they go over gloo even where the gradients go over NCCL
-        self.control = dist.new_group(backend="gloo") if worker.device.type == "cuda" else None
+        # control messages are on the CPU: the default group sends them over gloo, also where gradients go over NCCL
+        self.control: dist.ProcessGroup | None = None
         self.heartbeat = heartbeat
         self.stopwatch = Stopwatch()
         self._meter = Meter(worker.device)
@@ -648,9 +651,10 @@ def recoverable_step(training: TrialTraining | LoopTraining) -> int | None:
     """The step up to which this process's memory of a trial is whole after a loss; None where it may not be.
 
     A step cut short leaves parameters and optimizer as they were, but not buffers such as batch norm's. The weights of
-    the best epoch are with rank 0 alone.
+    the best epoch are with rank 0 alone. On a GPU nothing raises inside a step: a collective that is broken off leaves
+    whatever is in its memory, and the step is taken with it.
     """
-    if isinstance(training, LoopTraining) or training.has_buffers:
+    if isinstance(training, LoopTraining) or training.has_buffers or training.worker.device.type != "cpu":
         return None
     if training.progress.best_metrics and training.best_weights is None:
         return None
@@ -666,9 +670,10 @@ def to_checkpoint(snapshot: Snapshot) -> Checkpoint:
 def is_about_a_peer(error: Exception) -> bool:
     """Whether a collective broke because another rank went away: that rank's own story is the one to tell, if any.
 
-    Gloo raises a plain RuntimeError for it, which only its text gives away.
+    Gloo raises a plain RuntimeError for it, which only its text gives away; and where NCCL was broken off there is no
+    process group any more.
     """
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo/transport", "NCCL"))
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _ABOUT_A_PEER)
 
 
 def _as_failure(error: Exception) -> BigrayError:

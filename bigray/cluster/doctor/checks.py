@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import shlex
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import TypeVar
 
@@ -44,9 +44,10 @@ _Value = TypeVar("_Value")
 
 def check_answers(nodes: Sequence[Node]) -> Iterator[Finding]:
     """Nodes from which nothing came back, with the reason."""
-    for node in nodes:
-        if node.facts is None:
-            yield Finding("node", "fail", node.error, _answer_fix(node), node.name)
+    silent = {node.name: node for node in nodes if node.facts is None}
+    for name, node in _first(silent):
+        yield Finding("node", "fail", node.error, _answer_fix(node), name)
+    yield from _more("node", silent)
     answered = len(_measured(nodes))
     if answered == len(nodes):
         yield Finding("node", "pass", f"all {answered} answer" if answered != 1 else "it answers")
@@ -125,24 +126,27 @@ def _is_loopback(ip: str) -> bool:
 
 def check_doors(doors: Sequence[DoorFacts]) -> Iterator[Finding]:
     """Ports that accept a change without a token."""
-    guarded = []
-    for door in doors:
-        taken = {request: answer for request, answer in door.answers.items() if _is_taken(answer)}
-        if not taken:
-            guarded.append(door)
-            continue
-        told = ", ".join(f"{request} without a token: {answer}" for request, answer in taken.items())
+    guarded = [door for door in doors if not _taken(door)]
+    unguarded = sorted((door for door in doors if _taken(door)), key=lambda door: not door.is_public)
+    for door in unguarded[:MOST_LISTED]:
+        told = ", ".join(f"{request} without a token: {answer}" for request, answer in _taken(door).items())
         where = "from other machines too" if door.is_public else "from this machine only"
         fix = "start Ray with RAY_AUTH_MODE=token"
         if door.is_public and door.what == "dashboard":
             fix += " and --dashboard-host=127.0.0.1"
         status: Status = "fail" if door.is_public else "warn"
         yield Finding("ports", status, f"{door.what} at {door.address}, {where}: {told}", fix, door.node)
+    yield from _more("ports", unguarded, "ports")
     if guarded and len(guarded) == len(doors):
         told = ", ".join(sorted({door.what for door in guarded}))
         yield Finding("ports", "pass", f"{told}: no request without a token was taken")
     if not doors:
         yield Finding("ports", "pass", "neither a dashboard nor an agent listens")
+
+
+def _taken(door: DoorFacts) -> dict[str, int | None]:
+    """The requests that it took, with its answers."""
+    return {request: answer for request, answer in door.answers.items() if _is_taken(answer)}
 
 
 def _is_taken(answer: int | None) -> bool:
@@ -373,7 +377,7 @@ def _first(found: Mapping[str, _Value]) -> Iterator[tuple[str, _Value]]:
     return islice(found.items(), MOST_LISTED)
 
 
-def _more(name: str, found: Mapping[str, object], unit: str = "nodes") -> Iterator[Finding]:
+def _more(name: str, found: Sized, unit: str = "nodes") -> Iterator[Finding]:
     """The rest of a long list of one fault, in one line; its worst is listed already."""
     if len(found) > MOST_LISTED:
         yield Finding(name, "warn", f"the same on {len(found) - MOST_LISTED:,} more {unit}", "as above")

@@ -7,9 +7,10 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from bigray.cluster.doctor import checks
@@ -26,7 +27,7 @@ from bigray.cluster.doctor.facts import (
 from bigray.cluster.doctor.findings import Finding, Report
 from bigray.cluster.doctor.ports import AGENT, DASHBOARD, Door, door
 from bigray.cluster.doctor.probes import Probe, token_facts, versions
-from bigray.cluster.doctor.rings import RING_TIMEOUT_S, Seat, rounds
+from bigray.cluster.doctor.rings import RING_TIMEOUT_S, Seat, num_pairs, rounds
 from bigray.errors import ClusterError, last_line
 from bigray.storage import Storage, sha256
 
@@ -283,14 +284,15 @@ def _time_rings(
 ) -> tuple[list[RingFacts], int]:
     """All pairs that there is time for, and how many there was none for."""
     rings = _Rings({node.name: node for node in nodes}, places, probes, deadline)
-    turns = rounds([node.name for node in nodes if node.name in places])
-    found = rings.measure("gloo", turns)
-    again = [[pair for pair in turn if pair in found and found[pair].seconds is None] for turn in turns]
+    names = [node.name for node in nodes if node.name in places]
+    found = rings.measure("gloo", rounds(names))
+    tried = takewhile(lambda turn: found.keys() >= set(turn), rounds(names))
+    again = [[pair for pair in turn if found[pair].seconds is None] for turn in tried]
     repaired = rings.measure("gloo", again, on_interfaces=True)
     found |= {pair: replace(found[pair], seconds_with_interface=ring.seconds) for pair, ring in repaired.items()}
     with_gpus = [name for name, place in places.items() if place.gpus_in_torch]
     on_gpus = rings.measure("nccl", rounds(with_gpus))  # not run on a GPU
-    wanted = sum(map(len, turns)) + sum(map(len, rounds(with_gpus)))
+    wanted = num_pairs(len(names)) + num_pairs(len(with_gpus))
     return [*found.values(), *on_gpus.values()], wanted - len(found) - len(on_gpus)
 
 
@@ -304,12 +306,14 @@ class _Rings:
     deadline: Deadline
 
     def measure(
-        self, backend: str, turns: Sequence[Sequence[Pair]], *, on_interfaces: bool = False
+        self, backend: str, turns: Iterable[Sequence[Pair]], *, on_interfaces: bool = False
     ) -> dict[Pair, RingFacts]:
         """Those that there is time for. `on_interfaces`: bound to what has the node's address in Ray."""
         found: dict[Pair, RingFacts] = {}
         for turn in turns:
-            if turn and self.deadline.within(ROUND_TIMEOUT_S) >= RING_TIMEOUT_S:
+            if self.deadline.within(ROUND_TIMEOUT_S) < RING_TIMEOUT_S:
+                break
+            if turn:
                 found |= self._round(backend, turn, on_interfaces=on_interfaces)
         return found
 

@@ -40,16 +40,22 @@ class Seat:
     """To bind to; empty: what the backend chooses by itself, as training does."""
 
 
-def rounds(names: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """All pairs, in rounds in which no name comes twice: those of a round can be timed at once (the circle method)."""
+def rounds(names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """All pairs, in rounds in which no name comes twice: those of a round can be timed at once (the circle method).
+
+    One round after another: a thousand nodes have half a million pairs, and there is time for a few rounds.
+    """
     places: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
-    found = []
     for _ in range(len(places) - 1):
         half = len(places) // 2
         pairs = zip(places[:half], reversed(places[half:]), strict=True)
-        found.append([(first, second) for first, second in pairs if first is not None and second is not None])
+        yield [(first, second) for first, second in pairs if first is not None and second is not None]
         places = [places[0], places[-1], *places[1:-1]]
-    return found
+
+
+def num_pairs(count: int) -> int:
+    """That so many nodes make."""
+    return count * (count - 1) // 2
 
 
 def open_store(host: str) -> TCPStore:

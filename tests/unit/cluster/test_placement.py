@@ -204,3 +204,20 @@ def test_what_is_called_fitting_is_placed_one_bundle_at_a_time(
     assert set(counts.values()) == {workers}
     beside = replicas_beside(capacity, size, placed, Bundle(0.5, 0), capacity.replicas + 2)
     assert capacity.replicas <= beside <= capacity.replicas + 2
+
+
+def test_workers_go_to_the_nodes_whose_gpus_are_of_the_type_asked_for() -> None:
+    nodes = _node(8, 2, "T4"), _node(8, 2, "A100"), _node(8, 0)
+    plan = _plan(_job(num_workers=2, gpus_per_worker=1, accelerator="A100"), *nodes)
+    assert plan.groups == 1, "the T4 are not counted"
+    assert [sum(node.workers.values()) for node in plan.nodes] == [0, 2, 0]
+
+
+def test_a_type_of_gpu_that_no_node_has_is_refused_with_those_that_are_there() -> None:
+    with pytest.raises(CapacityError, match=r"accelerator is 'H100', and its GPUs are 2 x T4, 1 x an unknown type"):
+        _plan(_job(num_workers=1, gpus_per_worker=1, accelerator="H100"), _node(8, 2, "T4"), _node(8, 1))
+
+
+def test_workers_that_may_share_a_gpu_are_told_to_go_over_gloo() -> None:
+    (note,) = _plan(_job(num_workers=2, gpus_per_worker=0.5), _node(8, 1, "T4")).notes
+    assert "gloo" in note

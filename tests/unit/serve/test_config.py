@@ -76,6 +76,7 @@ def test_autoscaling_gives_a_floor_and_a_ceiling(tmp_path):
         ("bundle: somewhere", "bundel: x", "applications.0.args.bundel: unknown key, did you mean 'bundle'?"),
         ("num_replicas: 2", "num_replica: 2", "deployments.0.num_replica: unknown key, did you mean 'num_replicas'?"),
         ("num_cpus: 0.5", "num_cpu: 0.5", "ray_actor_options.num_cpu: unknown key, did you mean 'num_cpus'?"),
+        ("num_cpus: 0.5", "num_gpus: 1.5", "ray_actor_options.num_gpus: more than one GPU must be whole ones; use 2"),
         ("port: 8100", "prot: 8100", "http_options.prot: unknown key, did you mean 'port'?"),
         ("port: 8100", "port: 81000", "http_options.port:"),
         ("num_replicas: 2", "num_replicas: 0", "num_replicas must be at least 1"),

@@ -14,7 +14,8 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from bigray.training.groups import is_a_death
+from bigray.specs import ScalingSpec
+from bigray.training.groups import _max_starts, is_a_death
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,10 @@ def test_a_group_survives_the_death_of_its_controller_or_of_a_worker_while_anoth
 )
 def test_a_group_that_cannot_be_placed_or_fails_by_itself_ends(error: Exception) -> None:
     assert not is_a_death(pickle.loads(pickle.dumps(error)))
+
+
+def test_a_group_on_a_cluster_that_can_grow_waits_as_long_as_a_node_takes_to_boot() -> None:
+    fixed, elastic = ScalingSpec(num_workers=2), ScalingSpec(num_workers=(1, 2))
+
+    assert _max_starts(fixed, can_grow=False) < 10 < _max_starts(fixed, can_grow=True)
+    assert _max_starts(elastic, can_grow=False) == _max_starts(elastic, can_grow=True)

@@ -307,6 +307,16 @@ def test_the_end_of_a_group_is_told_to_who_waits_for_its_result(command: TrainTo
     _play(scenario)
 
 
+def test_why_a_worker_gave_its_group_up_is_not_covered_by_the_end_that_follows(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        await board.group_ended(0, "torch.cuda sees no GPU")
+        await board.group_ended(0, "the worker group was stopped")
+        with pytest.raises(TrainingFailed, match=r"torch\.cuda sees no GPU"):
+            await board.execute(0, command)
+
+    _play(scenario)
+
+
 def test_every_group_is_told_to_stop_even_in_the_middle_of_a_command(command: TrainTo) -> None:
     async def scenario(board: Switchboard) -> None:
         result = asyncio.create_task(board.execute(0, command))
@@ -318,6 +328,16 @@ def test_every_group_is_told_to_stop_even_in_the_middle_of_a_command(command: Tr
         assert await result == "done"
         assert isinstance((await board.next_command(0, board._groups[0].roster.generation) or ())[1], Stop)
         assert isinstance((await board.next_command(0, board._groups[0].roster.generation) or ())[1], Stop)
+
+    _play(scenario, groups=2)
+
+
+def test_a_group_that_has_no_place_yet_can_see_that_the_run_is_over() -> None:
+    async def scenario(board: Switchboard) -> None:
+        await board.group_ended(0, "its node is gone")
+        assert not await board.is_over()
+        await board.stop_all()
+        assert await board.is_over()
 
     _play(scenario, groups=2)
 

@@ -160,6 +160,23 @@ def test_a_port_that_takes_a_request_without_a_token(is_public: bool, answer: in
     assert ("RAY_AUTH_MODE=token" in found.fix) is (status != "pass")
 
 
+def test_of_many_doors_that_take_changes_the_worst_are_listed() -> None:
+    open_ones = [DoorFacts("agent", f"10.0.0.{n}:52365", n >= 25, {"POST /api/jobs/": 200}) for n in range(30)]
+    found = list(checks.check_doors(open_ones))
+
+    assert len(found) == checks.MOST_LISTED + 1
+    assert [finding.status for finding in found[:5]] == ["fail"] * 5
+    assert found[-1].what == "the same on 20 more ports"
+
+
+def test_of_many_nodes_that_do_not_answer_some_are_listed() -> None:
+    silent = [replace(node(number), facts=None, error="no answer") for number in range(30)]
+    found = list(checks.check_answers(silent))
+
+    assert len(found) == checks.MOST_LISTED + 1
+    assert found[-1].what == "the same on 20 more nodes"
+
+
 @pytest.mark.parametrize(
     ("changes", "what", "fix"),
     [

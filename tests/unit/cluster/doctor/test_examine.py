@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bigray.cluster.doctor.examine import LATE, Answer, Deadline, _in_ray, _ring
+from bigray.cluster.doctor.examine import LATE, Answer, Deadline, _in_ray, _ring, _time_rings
+from bigray.cluster.doctor.facts import Node, RingPlace
 
 PAIR = ("a", "b")
 NODE = {
@@ -30,6 +31,13 @@ def test_of_two_errors_the_one_that_says_more_is_told(late_first: bool) -> None:
 def test_a_step_has_no_more_time_than_is_left() -> None:
     assert Deadline(100.0).within(2.0) == 2.0
     assert Deadline(0.0).within(2.0) == 0.0
+
+
+def test_pairs_for_which_no_time_is_left_are_counted() -> None:
+    nodes = [Node(str(number), _in_ray(NODE), None) for number in range(2_000)]
+    places = {node.name: RingPlace(1, gpus_in_torch=0) for node in nodes}
+
+    assert _time_rings(nodes, places, {}, Deadline(0.0)) == ([], 1_999_000)
 
 
 @pytest.mark.parametrize(

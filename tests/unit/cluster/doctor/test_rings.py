@@ -12,11 +12,15 @@ from bigray.cluster.doctor.rings import Seat, open_store, rounds, time_ring, wit
 @pytest.mark.parametrize("count", range(9))
 def test_every_pair_has_its_turn_and_no_node_is_in_two_at_once(count: int) -> None:
     names = [f"n{number}" for number in range(count)]
-    turns = rounds(names)
+    turns = list(rounds(names))
     pairs = [frozenset(pair) for turn in turns for pair in turn]
 
     assert sorted(map(sorted, pairs)) == [list(pair) for pair in itertools.combinations(names, 2)]
     assert all(len({name for pair in turn for name in pair}) == 2 * len(turn) for turn in turns)
+
+
+def test_the_first_round_of_very_many_nodes_does_not_wait_for_the_others() -> None:
+    assert len(next(rounds([str(number) for number in range(100_000)]))) == 50_000
 
 
 def test_what_gloo_says_is_told_without_its_sources() -> None:
