@@ -5,6 +5,7 @@ Imports Ray Train, and no torch: the driver's threads and Ray Train's controller
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import ray
@@ -12,13 +13,15 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from bigray.cluster.connect import is_embedded
 from bigray.training.barrier import NoBarrier
 
+logger = logging.getLogger(__name__)
+COORDINATOR_TIMEOUT_S = 5.0
 _NO_USE_FOR = (
     DatasetsCallback,  # the workers map one copy of the arrays
     PlacementGroupCleanerCallback,  # it asks the dashboard who is dead; `groups` and the end of the driver see to it
@@ -31,6 +34,22 @@ class _FixedSize(FixedScalingPolicy):  # type: ignore[misc]
     def after_controller_start(self, train_run_context: TrainRunContext) -> None: ...
 
     def _maybe_send_resource_request(self) -> None: ...
+
+
+class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
+    """Knows at once which nodes have gone and come.
+
+    Ray's coordinator looks every 20 s, and answers from what it saw then: an elastic group that has lost a node would
+    twice ask for as many workers as before, and wait ten seconds for them each time.
+    """
+
+    def _get_reserved_resources(self) -> Any:
+        try:
+            answer = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+            return ray.get(answer, timeout=COORDINATOR_TIMEOUT_S)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            logger.warning("the size of the group stays as it is, Ray's coordinator does not answer: %s", error)
+            return None
 
 
 class _WithoutBarrier(WorkerGroupCallback):  # type: ignore[misc]
@@ -63,6 +82,8 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]
         return [_WithoutBarrier(), wanted, *(it for it in usual if not isinstance(it, _NO_USE_FOR))]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if is_embedded() and not self.scaling_config.elasticity_enabled:
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = _ElasticSize(self.scaling_config)
+        elif is_embedded():
             parts["scaling_policy"] = _FixedSize(self.scaling_config)
         return super()._initialize_and_run_controller(**parts)
