@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import worker_group
@@ -19,6 +19,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from bigray.cluster.connect import is_embedded
 from bigray.training.barrier import NoBarrier
+from bigray.training.lost_nodes import selector_without, unreachable_nodes
 
 logger = logging.getLogger(__name__)
 COORDINATOR_TIMEOUT_S = 5.0
@@ -43,13 +44,29 @@ class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
     twice ask for as many workers as before, and wait ten seconds for them each time.
     """
 
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        self._lost = unreachable_nodes()
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, *arguments: Any, **named: Any) -> Any:
+        self._lost = frozenset()
+        return super().make_decision_for_running_worker_group(*arguments, **named)
+
     def _get_reserved_resources(self) -> Any:
         try:
             answer = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
-            return ray.get(answer, timeout=COORDINATOR_TIMEOUT_S)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            reserved = ray.get(answer, timeout=COORDINATOR_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
             logger.warning("the size of the group stays as it is, Ray's coordinator does not answer: %s", error)
             return None
+        return {node: resources for node, resources in reserved.items() if node not in self._lost}
+
+
+class _NotOnLostNodes(ControllerCallback):  # type: ignore[misc]
+    """Keeps workers off nodes that are gone already, and that Ray would still choose."""
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        return selector_without(unreachable_nodes(), scaling_config.label_selector or {})
 
 
 class _WithoutBarrier(WorkerGroupCallback):  # type: ignore[misc]
@@ -79,7 +96,7 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]
     def _create_default_callbacks(self) -> list[Any]:
         usual = super()._create_default_callbacks()
         wanted = _OnlyWhileWanted(self.train_loop_config["setup"].switchboard)
-        return [_WithoutBarrier(), wanted, *(it for it in usual if not isinstance(it, _NO_USE_FOR))]
+        return [_WithoutBarrier(), wanted, _NotOnLostNodes(), *(it for it in usual if not isinstance(it, _NO_USE_FOR))]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
