@@ -16,6 +16,8 @@ import ray
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.worker_group import ReplicaGroup
 
+from bigray.training.lost_nodes import unreachable_nodes
+
 logger = logging.getLogger(__name__)
 YIELD_TIMEOUT_S = 30.0
 
@@ -29,8 +31,11 @@ class _GroupBackend(Backend):  # type: ignore[misc]
     def on_shutdown(self, worker_group: Any, backend_config: GroupConfig) -> None:
         if isinstance(worker_group, ReplicaGroup):
             return
+        board = backend_config.switchboard
         try:
-            ray.get(backend_config.switchboard.hold.remote(backend_config.group, YIELD_TIMEOUT_S))
+            # the others would wait for those there, and for so long could not be asked for a checkpoint
+            ray.get(board.nodes_gone.remote(sorted(unreachable_nodes())))
+            ray.get(board.hold.remote(backend_config.group, YIELD_TIMEOUT_S))
         except ray.exceptions.RayError as error:  # the run is being ended; the last commit stands
             logger.info("no checkpoint before the end of the group: %s", error)
 

@@ -18,7 +18,7 @@ NODE_LABEL = "ray.io/node-id"
 
 
 def unreachable_nodes() -> frozenset[str]:
-    """Ids of the nodes that Ray counts as alive and whose raylet cannot be reached from here; at most `ANSWER_TIMEOUT_S`
+    """Ids of the nodes that Ray counts as alive and whose raylet cannot be reached from here; takes `ANSWER_TIMEOUT_S`
     for each 64 that do not answer. One node alone is this one."""
     import ray
 

@@ -435,6 +435,13 @@ class Switchboard:
                 self._background(self._move_away(it, leaving))
         await self._notify()
 
+    async def nodes_gone(self, node_ids: list[str]) -> None:
+        """These nodes cannot be reached any more: their workers are lost, though nothing has said so (Ray Train's
+        controller)."""
+        members = [member for it in self._groups for member in it.roster.seated if member.node_id in node_ids]
+        for member in members:
+            await self._lost_everywhere(member, "its node cannot be reached")
+
     async def push_all(self, events: list[Event]) -> None:
         """Add events to the stream."""
         self._events += events

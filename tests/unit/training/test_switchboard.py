@@ -1172,6 +1172,20 @@ def test_a_group_with_a_worker_on_a_draining_node_saves_and_goes_on_without_it(c
     _play(scenario, max_failures=0)
 
 
+def test_a_group_with_a_worker_on_a_node_that_is_gone_is_not_waited_for(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        await asyncio.gather(board.join(0, _worker(0)), board.join(0, _worker(1, node="silent-node")))
+        result = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        await board.nodes_gone(["silent-node", "another"])
+        assert await asyncio.wait_for(board.hold(0, 30.0), 1.0) is False
+        events = await board.take_events(0.0)
+        assert [(event.kind, event.values.get("how")) for event in events] == [("lost", "its node cannot be reached")]
+        result.cancel()
+
+    _play(scenario)
+
+
 def test_who_waits_on_a_draining_node_is_told_and_gets_no_seat() -> None:
     async def scenario(board: Switchboard) -> None:
         waiting = _joining(board, _worker(0, node="leaving-node"))
