@@ -15,7 +15,7 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
-	for name in thousand_trials sweep_overhead controller_cost grid_accuracy checkpoint_stall input_pipeline \
+	for name in thousand_trials sweep_overhead controller_cost node_cost grid_accuracy checkpoint_stall input_pipeline \
 		launch image_decoding example_figures recovery reporting training_throughput serve_throughput serve_latency \
 		serve_autoscale serve_swaps serve_kills serve_overload serve_hostile; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
