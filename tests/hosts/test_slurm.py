@@ -190,11 +190,11 @@ def test_bigrays_exit_code_is_the_jobs(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_a_job_whose_time_is_up_is_queued_again_and_goes_on_from_storage(slurm: Slurm, tmp_path: Path) -> None:
-    """Two minutes before the end of three it is told."""
-    job_file = write_job(tmp_path, workers="2", epochs=2000)
+    """Two minutes before the end of four it is told."""
+    job_file = write_job(tmp_path, workers="2", epochs=160)
     job_file.write_text(job_file.read_text() + WHOLE_NODE)
     submitted = tmp_path / "submitted"
-    job = slurm.submit(submitted, "train", str(job_file), options=("--time=3",))
+    job = slurm.submit(submitted, "train", str(job_file), options=("--time=4",))
     processes.wait_until(lambda: bool(events(tmp_path, "epoch")), f"nothing is trained: {output(submitted)}", 120)
     processes.wait_until(lambda: "queued again" in output(submitted), "it is not queued again", 240)
     (tmp_path / "pace").write_text("0")
