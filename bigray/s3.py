@@ -59,6 +59,11 @@ def open_s3(uri: str, environment: Mapping[str, str] = os.environ) -> tuple[fs.F
     return reopen_s3(options), parts.netloc + unquote(parts.path)
 
 
+def needs_uri(uri: str) -> bool:
+    """Whether the filesystem has options that only a URI gives it: another process has to open the URI again."""
+    return any(name in dict(parse_qsl(urlsplit(uri).query)) for name in _OF_URIS_ONLY)
+
+
 def s3_options(asked: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, Any]:
     """What `pyarrow.fs.S3FileSystem` is made with, from the parameters of a URI; holds no secret.
 

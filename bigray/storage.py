@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from pyarrow import fs
 
 from bigray.errors import CorruptFile, DiskFull, StorageError
-from bigray.s3 import open_s3, options_of, reopen_s3
+from bigray.s3 import needs_uri, open_s3, options_of, reopen_s3
 from bigray.storage_retry import AT_THE_START, PATIENCE, Patience, is_transient, keep_trying
 
 T = TypeVar("T")
@@ -72,6 +72,8 @@ class Storage:
     patience: Patience = PATIENCE
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.filesystem, fs.S3FileSystem) and needs_uri(self.uri):
+            return _opened_again, (self.uri, self.patience)
         if isinstance(self.filesystem, fs.S3FileSystem):
             return _reopened, (options_of(self.filesystem), self.root, self.uri, self.patience)
         return Storage, (self.filesystem, self.root, self.uri, self.patience)
@@ -229,6 +231,10 @@ class Storage:
 
 def _reopened(options: Mapping[str, Any], root: str, uri: str, patience: Patience) -> Storage:
     return Storage(reopen_s3(options), root, uri, patience)
+
+
+def _opened_again(uri: str, patience: Patience) -> Storage:
+    return replace(open_storage(uri), patience=patience)
 
 
 def _split_uri(uri: str) -> tuple[str, str]:
@@ -521,6 +527,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network mounts have no such thing for a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

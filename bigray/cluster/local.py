@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -207,10 +208,11 @@ def preempt_node(name: str, notice_s: int = NOTICE_S) -> Ended:
         folder.write(cluster.with_node(node))
     left = _wait_until_left(folder, cluster, node)
     with folder.locked(_PATIENCE_AFTER_NOTICE_S):
-        killed = kill_all(lambda: _processes(folder, cluster, name))
         now = folder.read()
-        if now is not None and now.started_at == cluster.started_at:  # nobody took it down meanwhile
-            folder.write(now.with_node(replace(node, ended_by="preempt-node")))
+        if now is None or now.started_at != cluster.started_at:  # taken down meanwhile; another may have this name
+            return Ended(name, "left before its time was up", 0)
+        killed = kill_all(lambda: _processes(folder, now, name))
+        folder.write(now.with_node(replace(node, ended_by="preempt-node")))
     return Ended(name, "left before its time was up" if left else "killed when its time was up", killed)
 
 
@@ -251,7 +253,7 @@ def state_of(node: LocalNode, alive: Sequence[Process]) -> NodeState:
 
 def next_shape(cluster: LocalCluster) -> NodeShape:
     """What a further plain node is like: as the first beside the head, with a name that none has had (pure)."""
-    plain = [node for node in cluster.nodes if node.name.startswith("node-")]
+    plain = [node for node in cluster.nodes if re.fullmatch(r"node-\d+", node.name)]
     like = plain[0] if plain else cluster.nodes[0]
     number = 1 + max((int(node.name.removeprefix("node-")) for node in plain), default=0)
     labels = {key: value for key, value in like.labels.items() if key != FAKE_GPU_LABEL}  # it may get no GPUs

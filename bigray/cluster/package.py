@@ -120,7 +120,11 @@ class _Search:
                 self._add_file(path)
 
     def _is_secret(self, entry: os.DirEntry[str], path: Path) -> bool:
-        if is_secret_path(entry.name, is_folder=entry.is_dir()):
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link in a loop, or to where nobody may look: `_where_it_leads` names it
+            is_folder = False
+        if is_secret_path(entry.name, is_folder=is_folder):
             self._leave_out(path, "it holds secrets by its name")
             return True
         return False

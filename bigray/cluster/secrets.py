@@ -10,8 +10,8 @@ from typing import Any
 from bigray.storage import CREDENTIALS, SECRET_PARAMETERS
 
 SECRET_NAMES = (
-    ".env",
-    ".env.*",
+    ".env*",
+    "*.env",
     "*.pem",
     "*.key",
     "*.p12",
@@ -20,7 +20,17 @@ SECRET_NAMES = (
     "*.keystore",
     "*.ppk",
     "*.kdbx",
-    "*.tfstate",
+    "*.tfstate*",
+    "*.tfvars",
+    ".terraformrc",
+    ".htpasswd",
+    ".npmrc",
+    ".vault-token",
+    "kubeconfig",
+    "secrets.json",
+    "secrets.toml",
+    "secrets.yaml",
+    "secrets.yml",
     ".netrc",
     "_netrc",
     ".pypirc",
@@ -51,6 +61,8 @@ SECRET_KEY = re.compile(
     r"(?i)(?:^|[._-])(?:\w*secret\w*|\w*passw(?:or)?d|passphrase|\w*api_?key|\w*access_?key(?:_id)?|\w*private_?key|\w*token)$"
 )
 """A setting that is a secret by its name."""
+_VOCABULARY = re.compile(r"(?i)(?:^|[._-])(?:pad|bos|eos|unk|mask|sep|cls|stop|start)_token$")
+"""A token of a text, which is none."""
 SECRET_VALUES = {
     "an access key of AWS": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
@@ -97,7 +109,7 @@ def secrets_in_document(place: str, document: Any, key: str = "") -> Iterator[st
         for value in document:
             yield from secrets_in_document(place, value, key)
     elif isinstance(document, str) and document:
-        if SECRET_KEY.search(key):
+        if SECRET_KEY.search(key) and not _VOCABULARY.search(key):
             yield f"{place}: {key}: holds a secret; {WAY_OUT}"
         elif is_uri_with_secret(document):
             yield f"{place}: {key}: a URI may hold no key and secret; {WAY_OUT}"

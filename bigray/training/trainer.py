@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -44,13 +45,16 @@ class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
     twice ask for as many workers as before, and wait ten seconds for them each time.
     """
 
+    _own: frozenset[str] = frozenset()
+    """Nodes on which the group runs: those are given up by who watches them, not by a connection that is not made."""
+
     def make_decision_for_non_running_worker_group(self) -> Any:
-        self._lost = unreachable_nodes()
+        self._own = frozenset()
         return super().make_decision_for_non_running_worker_group()
 
-    def make_decision_for_running_worker_group(self, *arguments: Any, **named: Any) -> Any:
-        self._lost = frozenset()
-        return super().make_decision_for_running_worker_group(*arguments, **named)
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        self._own = frozenset(worker.metadata.node_id for worker in worker_group_state.workers)
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def _get_reserved_resources(self) -> Any:
         try:
@@ -59,7 +63,8 @@ class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
         except ray.exceptions.RayError as error:
             logger.warning("the size of the group stays as it is, Ray's coordinator does not answer: %s", error)
             return None
-        return {node: resources for node, resources in reserved.items() if node not in self._lost}
+        gone = (unreachable_nodes() | set(state.state.get_draining_nodes())) - self._own
+        return {node: resources for node, resources in reserved.items() if node not in gone}
 
 
 class _NotOnLostNodes(ControllerCallback):  # type: ignore[misc]

@@ -124,9 +124,10 @@ def _is_loopback(ip: str) -> bool:
         return ip == "localhost"
 
 
-def check_doors(doors: Sequence[DoorFacts]) -> Iterator[Finding]:
-    """Ports that accept a change without a token."""
-    guarded = [door for door in doors if not _taken(door)]
+def check_doors(doors: Sequence[DoorFacts], untried: Mapping[str, str] | None = None) -> Iterator[Finding]:
+    """Ports that accept a change without a token. `untried`: node -> why its ports could not be asked."""
+    silent = [door for door in doors if all(answer is None for answer in door.answers.values())]
+    guarded = [door for door in doors if not _taken(door) and door not in silent]
     unguarded = sorted((door for door in doors if _taken(door)), key=lambda door: not door.is_public)
     for door in unguarded[:MOST_LISTED]:
         told = ", ".join(f"{request} without a token: {answer}" for request, answer in _taken(door).items())
@@ -140,7 +141,13 @@ def check_doors(doors: Sequence[DoorFacts]) -> Iterator[Finding]:
     if guarded and len(guarded) == len(doors):
         told = ", ".join(sorted({door.what for door in guarded}))
         yield Finding("ports", "pass", f"{told}: no request without a token was taken")
-    if not doors:
+    told_nothing = {
+        **(untried or {}),
+        **{door.node or "": f"{door.what} at {door.address} does not answer" for door in silent},
+    }
+    for node, why in list(told_nothing.items())[:MOST_LISTED]:
+        yield Finding("ports", "warn", f"could not be tried: {why}", "run bigray doctor again", node)
+    if not doors and not untried:
         yield Finding("ports", "pass", "neither a dashboard nor an agent listens")
 
 

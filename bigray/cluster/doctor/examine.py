@@ -37,7 +37,7 @@ START_TIMEOUT_S = 10.0
 """Until a probe has started and told its facts; a new process loads Ray and pyarrow first."""
 CLOCK_TIMEOUT_S = 1.0
 CLOCK_LOOKS = 5
-PORTS_TIMEOUT_S = 7.0
+PORTS_TIMEOUT_S = 9.0
 STORAGE_TIMEOUT_S = 6.0
 REMOVE_TIMEOUT_S = 3.0
 FILE_BYTES = 4096
@@ -102,7 +102,7 @@ def _examine(
     nodes = [_node(name, node, answers[name]) for name, node in in_ray.items()]
     there = {node.name: probes[node.name] for node in nodes if node.facts is not None}
     opening = {name: probe.open_ring.remote() for name, probe in there.items()}  # torch loads while the rest is asked
-    doors = _ask_doors(in_ray, there, deadline)
+    doors, untried_doors = _ask_doors(in_ray, there, deadline)
     clocks = _read_clocks(there, deadline)
     stored = try_storage(storage, there, in_ray, deadline) if storage is not None and there else None
     opened = gather(opening, deadline.within(TORCH_TIMEOUT_S))
@@ -112,7 +112,7 @@ def _examine(
     yield from checks.check_answers(nodes)
     yield from checks.check_versions(versions(), nodes)
     yield from checks.check_tokens(token_facts(), nodes)
-    yield from checks.check_doors(doors)
+    yield from checks.check_doors(doors, untried_doors)
     yield from checks.check_clocks(clocks)
     yield from checks.check_memory(nodes)
     yield from checks.check_disk(nodes)
@@ -219,12 +219,15 @@ def _read_clocks(probes: Mapping[str, Any], deadline: Deadline) -> dict[str, Clo
     return found
 
 
-def _ask_doors(in_ray: Mapping[str, NodeInRay], probes: Mapping[str, Any], deadline: Deadline) -> list[DoorFacts]:
-    """From the nodes themselves: a dashboard on loopback is asked where it runs."""
+def _ask_doors(
+    in_ray: Mapping[str, NodeInRay], probes: Mapping[str, Any], deadline: Deadline
+) -> tuple[list[DoorFacts], dict[str, str]]:
+    """From the nodes themselves: a dashboard on loopback is asked where it runs. And why a node could not ask."""
     doors = {name: list(_doors_of(in_ray[name])) for name in probes}
     calls = {name: probes[name].knock.remote(found) for name, found in doors.items() if found}
     answers = gather(calls, deadline.within(PORTS_TIMEOUT_S))
-    return [fact for answer in answers.values() if not answer.error for fact in answer.value]
+    untried = {name: answer.error for name, answer in answers.items() if answer.error}
+    return [fact for answer in answers.values() if not answer.error for fact in answer.value], untried
 
 
 def _doors_of(node: NodeInRay) -> Iterator[Door]:

@@ -387,7 +387,9 @@ class TestNodes:
         dead = replace(node("node-2"), ended_by="kill-node")
         plain = replace(node("node-1"), cpus=4, gpus=2, labels={"zone": "a", FAKE_GPU_LABEL: "true"})
 
-        shape = local.next_shape(cluster_of(folder, replace(node("head"), cpus=0), plain, dead, node("spot-7")))
+        shape = local.next_shape(
+            cluster_of(folder, replace(node("head"), cpus=0), plain, dead, node("spot-7"), node("node-gpu-1"))
+        )
 
         assert (shape.name, shape.cpus, shape.gpus) == ("node-3", 4, 2)
         assert replace(shape, gpus=0).all_labels == {"zone": "a"}

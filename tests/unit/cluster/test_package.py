@@ -84,7 +84,8 @@ def test_folders_that_no_job_reads_are_left_out_without_an_ignore_file(folder: P
 
 SECRETS = [
     *(".env", ".env.local", "deploy/tls.pem", "server.key", "id_rsa", "sub/id_ed25519", ".netrc", ".pypirc"),
-    *("auth_token", "gcp-Credentials.json", ".git-credentials"),
+    *("auth_token", "gcp-Credentials.json", ".git-credentials", ".envrc", "prod.env", "infra/prod.tfvars", ".npmrc"),
+    *("terraform.tfstate.backup", "app/secrets.toml", "kubeconfig"),
 ]
 SECRET_FOLDERS = [".aws/credentials", ".ssh/config", "home/.kube/config", ".ray/other"]
 NO_SECRETS = ["environment.py", "id_columns.csv", "keys.py", "src/identity", "credentials.py", "pem.txt"]
@@ -104,6 +105,12 @@ def test_secrets_are_never_sent_and_always_named(folder: Path) -> None:
     named = {*SECRETS, ".aws", ".ssh", "home/.kube", ".ray", "deploy_key", "service.json"}
     assert set(left_out(package)) == named
     assert all(why in ("it holds secrets by its name", "it holds a private key") for why in left_out(package).values())
+
+
+def test_a_link_that_goes_round_in_a_circle_is_named_and_nothing_breaks(folder: Path) -> None:
+    (folder / "round").symlink_to("round")
+
+    assert left_out(find_package(folder)) == {"round": "a link that leads nowhere"}
 
 
 def test_a_folder_is_no_ssh_key_by_its_name() -> None:
@@ -343,3 +350,4 @@ def test_settings_that_are_no_secrets_are_let_through() -> None:
         document = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
         assert not [*secrets_in_text(str(path), text), *secrets_in_document(str(path), document)]
     assert not [*secrets_in_document("job.toml", {"data": {"tokens": "byte", "keys": "s3://b/keys.json", "token": ""}})]
+    assert not [*secrets_in_document("job.toml", {"params": {"pad_token": "<pad>", "eos_token": "<eos>"}})]

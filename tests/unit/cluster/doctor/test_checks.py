@@ -160,6 +160,13 @@ def test_a_port_that_takes_a_request_without_a_token(is_public: bool, answer: in
     assert ("RAY_AUTH_MODE=token" in found.fix) is (status != "pass")
 
 
+def test_ports_that_could_not_be_asked_are_told_and_do_not_pass() -> None:
+    silent = DoorFacts("dashboard", "10.0.0.1:8265", True, {"POST /api/jobs/": None}, "head")
+    found = list(checks.check_doors([silent], {"other": "no answer within 9 s"}))
+
+    assert [(finding.status, finding.node) for finding in found] == [("warn", "other"), ("warn", "head")]
+
+
 def test_of_many_doors_that_take_changes_the_worst_are_listed() -> None:
     open_ones = [DoorFacts("agent", f"10.0.0.{n}:52365", n >= 25, {"POST /api/jobs/": 200}) for n in range(30)]
     found = list(checks.check_doors(open_ones))
