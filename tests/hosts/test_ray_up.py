@@ -76,6 +76,8 @@ def config(network: Network, desk: Host, tmp_path: Path) -> Path:
     addresses = {name: network.hosts[name].address for name in ("head", "one", "two")}
     settings["provider"] |= {"head_ip": addresses["head"], "worker_ips": [addresses["one"], addresses["two"]]}
     settings["auth"] |= {"ssh_user": pwd.getpwuid(os.geteuid()).pw_name, "ssh_private_key": str(key_of(desk))}
+    (tmp_path / "dist").mkdir()  # the hosts have bigray's environment, so that nothing is installed from a wheel
+    settings["file_mounts"]["~/bigray/dist"] = str(tmp_path / "dist")
     settings["metadata"] = {"storage": str(tmp_path / "runs")}
     file = tmp_path / "onprem.yaml"
     file.write_text(yaml.safe_dump(settings))
