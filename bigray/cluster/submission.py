@@ -206,6 +206,7 @@ def make_resubmission(run: str, run_id: str, job: JobSpec, package: Package | No
         SpecError: as `make_submission`.
     """
     faults = [fault for fault in (_run_fault(run), wishes.id and id_fault(wishes.id)) if fault]
+    faults += _lost_weights_faults(job)
     if package is not None:
         needed = files_of_job(job, package.folder)
         faults += missing_faults(package, needed)
@@ -216,6 +217,16 @@ def make_resubmission(run: str, run_id: str, job: JobSpec, package: Package | No
         raise SpecError(faults)
     command = shlex.join(["python", "-m", "bigray", "resume", run, "--here"])
     return Submission(run_id, command, package, pins, wishes.resources, wishes.id)
+
+
+def _lost_weights_faults(job: JobSpec) -> list[str]:
+    """`run.json` names a file of weights by where its own process found it: in a job's folder, or in this one."""
+    return [
+        f"models.{name}.weights: {model.weights}: was in the folder of the run's own job, and the next does not have "
+        "it there; keep such a file on storage, or send the job file again with bigray submit"
+        for name, model in job.models.items()
+        if model.weights and "/_ray_pkg_" in model.weights
+    ]
 
 
 def needs_folder(job: JobSpec) -> bool:

@@ -234,7 +234,7 @@ def _make_trainer(setup: GroupSetup, scaling: ScalingSpec, scratch: str, max_sta
     )
     # what an elastic group may take of the cluster is reserved under this name, for three minutes beyond a controller
     # that is killed: the next one, also of the next command, takes the reservation over instead of waiting behind it
-    object.__setattr__(trainer.train_run_context, "run_id", f"bigray-{setup.paths.storage.uri}-{setup.group}")
+    object.__setattr__(trainer.train_run_context, "run_id", f"bigray-{setup.paths.storage.root}-{setup.group}")
     return trainer
 
 

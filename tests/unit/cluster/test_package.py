@@ -24,7 +24,9 @@ from bigray.cluster.package import (
     write_zip,
 )
 from bigray.cluster.secrets import is_secret_path, secrets_in_document, secrets_in_text
+from bigray.cluster.submission import Wishes, make_resubmission
 from bigray.errors import SpecError
+from bigray.specs import JobSpec
 
 KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\n"
 
@@ -351,3 +353,17 @@ def test_settings_that_are_no_secrets_are_let_through() -> None:
         assert not [*secrets_in_text(str(path), text), *secrets_in_document(str(path), document)]
     assert not [*secrets_in_document("job.toml", {"data": {"tokens": "byte", "keys": "s3://b/keys.json", "token": ""}})]
     assert not [*secrets_in_document("job.toml", {"params": {"pad_token": "<pad>", "eos_token": "<eos>"}})]
+
+
+def test_a_run_whose_weights_were_in_the_folder_of_its_job_is_not_sent_to_where_they_are_not() -> None:
+    weights = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1a/start.safetensors"
+    job = JobSpec.model_validate(
+        {
+            "name": "digits",
+            "data": {"source": "s3://bucket/rows.parquet", "target": "label"},
+            "models": {"mlp": {"factory": "bigray.models:mlp", "weights": weights}},
+            "training": {"task": "classification"},
+        }
+    )
+    with pytest.raises(SpecError, match=r"models\.mlp\.weights: .*start\.safetensors: .* keep such a file on storage"):
+        make_resubmission("s3://bucket/runs/digits-1", "digits-1", job, None, Wishes())
