@@ -71,6 +71,7 @@ NOTICE_S = 30
 _POLL_S = 0.2
 _TEMP_PREFIX = "bigray-dry-"
 _TEMP_ROOT = "/tmp"
+_SOCKET_PATIENCE_S = 20.0
 """A socket's path has at most 107 bytes, and Ray adds 70 of them."""
 _PATIENCE_AFTER_NOTICE_S = 2 * START_TIMEOUT_S
 """For another command, such as one that adds a node: a node whose time is up must be ended."""
@@ -281,8 +282,22 @@ def _start(folder: StateFolder, name: str, shapes: Sequence[NodeShape], on_step:
         return cluster
     on_step(f"starting {len(others)} more nodes")
     for shape in others:
+        taken = _sockets(cluster)
         cluster = _spawn(folder, cluster, shape, raylets.node_command(shape, cluster.address))
+        _wait_for_socket(cluster, taken)
     return _settle(folder, cluster, [shape.name for shape in others])
+
+
+def _sockets(cluster: LocalCluster) -> set[Path]:
+    return set(Path(cluster.session_dir, "sockets").glob("raylet*"))
+
+
+def _wait_for_socket(cluster: LocalCluster, taken: set[Path]) -> None:
+    """Ray gives a raylet's socket the first name that no file has yet: two nodes that start at once may take the same,
+    and one of them is never heard of. Not for long: whether the node is up is seen later."""
+    deadline = time.monotonic() + _SOCKET_PATIENCE_S
+    while not _sockets(cluster) - taken and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _spawn(folder: StateFolder, cluster: LocalCluster, shape: NodeShape, command: list[str]) -> LocalCluster:
