@@ -302,7 +302,7 @@ def test_training_goes_on_through_a_loss_a_join_and_a_preemption_with_the_same_w
     job = paced_job(tmp_path, pace)
     run = Run(cluster, job, tmp_path)
     try:
-        run.wait_for("epoch", count=3)
+        run.wait_for("checkpoint")  # else it starts anew, and tells of no going on
         kill_node(victim)
         run.wait_for("regrouped", workers=2)
         run.wait_for("resumed")
