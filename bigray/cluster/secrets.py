@@ -10,7 +10,11 @@ from typing import Any
 from bigray.storage import CREDENTIALS, SECRET_PARAMETERS
 
 SECRET_NAMES = (
-    ".env*",
+    ".env",
+    ".env.*",
+    ".env-*",
+    ".env_*",
+    ".envrc",
     "*.env",
     "*.pem",
     "*.key",
