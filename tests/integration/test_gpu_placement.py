@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,7 +51,13 @@ class Board:
         self._released.set()
 
     async def hold(self, group: int, timeout_s: float) -> None:
-        """What `GroupConfig` asks of a switchboard."""
+        """What `GroupConfig` asks of a switchboard, as the next."""
+
+    async def nodes_gone(self, node_ids: list[str]) -> None: ...
+
+    async def is_over(self) -> bool:
+        """What `GroupTrainer` asks."""
+        return False
 
 
 def tell(config: dict[str, Any]) -> None:
@@ -112,7 +119,7 @@ def _fit(board: Any, group: int, spec: ScalingSpec, folder: str, faults: list[Ba
 
     trainer = GroupTrainer(
         tell,
-        train_loop_config={"board": board, "group": group},
+        train_loop_config={"setup": SimpleNamespace(switchboard=board), "board": board, "group": group},
         scaling_config=_scaling_config(spec),
         backend_config=GroupConfig(board, group, spec.is_elastic),
         run_config=RunConfig(
