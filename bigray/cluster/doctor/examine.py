@@ -338,7 +338,7 @@ class _Rings:
 
 def _ring(pair: Pair, backend: str, first: Answer, second: Answer) -> RingFacts:
     """The slower side's time; of two errors the one that says more than that time was up."""
-    errors = sorted((answer.error for answer in (first, second) if answer.error), key=lambda text: LATE in text)
+    errors = sorted((answer.error for answer in (first, second) if answer.error), key=lambda text: LATE in text or "timeout" in text)
     if errors:
         return RingFacts(*pair, backend, None, errors[0])
     return RingFacts(*pair, backend, max(first.value, second.value))
