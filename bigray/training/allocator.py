@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def blocks_from_the_system() -> Iterator[None]:
-    """Blocks above 64 KiB for which no free memory is large enough are mapped by the kernel, for the length of a `with`,
+    """For the length of a `with`, blocks above 64 KiB for which no free memory is large enough are mapped by the kernel
     and go back to it when they are freed.
 
     Else the heap grows for them by what its free end lacks, and `malloc_trim` cannot always give that end back: a block
