@@ -1,12 +1,14 @@
-"""glibc's allocator, told to keep the memory that a training step frees for the next one (worker)."""
+"""glibc's allocator, told to keep the memory that a training step frees for the next one, or not to (worker)."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD_BYTES = 32 * 2**20
+MEASURED_BLOCK_BYTES = 64 * 2**10
 KEPT_BYTES = 2**30
 
 
@@ -21,3 +23,20 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD_BYTES)
         library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+@contextlib.contextmanager
+def blocks_from_the_system() -> Iterator[None]:
+    """For the length of a `with`, blocks above 64 KiB for which no free memory is large enough are mapped by the kernel
+    and go back to it when they are freed.
+
+    Else the heap grows for them by what its free end lacks, and `malloc_trim` cannot always give that end back: a block
+    would show as less than it is. Afterwards blocks of up to 32 MiB are kept again.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MEASURED_BLOCK_BYTES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD_BYTES)

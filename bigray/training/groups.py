@@ -125,24 +125,24 @@ def open_groups(
             _start_thread(f"worker-group-{group}", _run_group, mine, scaling, scratch, is_over, starts)
             for group, mine in ((group, replace(setup, group=group)) for group in range(count))
         ]
-        helpers = [_start_thread("drain-watch", _watch_drains, switchboard, is_over)]
+        threads = [*groups, _start_thread("drain-watch", _watch_drains, switchboard, is_over)]
         if scaling.warm_spare and not scaling.gpus_per_worker:
-            helpers.append(_start_thread("spare", _keep_spare, setup, is_over))
+            threads.append(_start_thread("spare", _keep_spare, setup, is_over))
         try:
             yield WorkerGroups(switchboard, count)
         except Exception:
             is_over.set()
-            _stop(switchboard, [*groups, *helpers])
+            _stop(switchboard, threads)
             raise
         except BaseException:
             # Ctrl-C: the workers may be hours from their next command, so they are not waited for long; they end on
             # finding the switchboard gone, or with this process's connection. Their state is safe by now (`hold_all`)
             is_over.set()
             ray.kill(switchboard)
-            _join([*groups, *helpers], LETTING_GO_S)
+            _join(threads, LETTING_GO_S)
             raise
         is_over.set()
-        _stop(switchboard, [*groups, *helpers])
+        _stop(switchboard, threads)
         _wait_for_places(free_cpus)
 
 

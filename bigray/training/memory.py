@@ -10,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from bigray.host_memory import fields_of
+from bigray.training.allocator import blocks_from_the_system
 
 _SAMPLE_EVERY_S = 0.002
+_STATUS = Path("/proc/self/status")
 
 
 def peak_growth_bytes(work: Callable[[], None]) -> int:
@@ -22,16 +24,20 @@ def peak_growth_bytes(work: Callable[[], None]) -> int:
     memory is short, the libraries' own would hide one.
     """
     _give_back_free_memory()
-    before, files_before = _status_bytes("VmRSS"), _status_bytes("RssFile")
+    before, files_before = _status_bytes("VmRSS"), _file_bytes()
+    with blocks_from_the_system():
+        peak = _peak_bytes(work)
+    taken_back = max(0, files_before - _file_bytes())
+    return max(0, peak + taken_back - before)
+
+
+def _peak_bytes(work: Callable[[], None]) -> int:
     if _reset_high_water_mark():
         work()
-        peak = _status_bytes("VmHWM")
-    else:
-        with _Sampler() as sampler:
-            work()
-        peak = sampler.peak_bytes
-    taken_back = max(0, files_before - _status_bytes("RssFile"))
-    return max(0, peak + taken_back - before)
+        return _status_bytes("VmHWM")
+    with _Sampler() as sampler:
+        work()
+    return sampler.peak_bytes
 
 
 def _give_back_free_memory() -> None:
@@ -71,5 +77,10 @@ def _reset_high_water_mark() -> bool:
     return True
 
 
+def _file_bytes() -> int:
+    """Resident pages of mapped files; 0 where the kernel does not tell (before Linux 4.5, some sandboxes)."""
+    return fields_of(_STATUS).get("RssFile", 0) * 1024
+
+
 def _status_bytes(field: str) -> int:
-    return fields_of(Path("/proc/self/status"))[field] * 1024
+    return fields_of(_STATUS)[field] * 1024

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bigray.host_memory import HostMemory, host_memory, shown
-from bigray.training import memory
+from bigray.training import allocator, memory
 from bigray.training.memory import peak_growth_bytes
 
 GIB = 1 << 30
@@ -102,6 +103,28 @@ def test_garbage_that_is_collected_meanwhile_hides_nothing() -> None:
 
     Cycle()
     assert peak_growth_bytes(work) > 28 * MIB
+
+
+def test_memory_that_a_worker_has_kept_is_not_taken_for_part_of_a_larger_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator cannot always give it back to the system: here it is not asked to."""
+    monkeypatch.setattr(memory, "_give_back_free_memory", lambda: None)
+    allocator.keep_freed_memory()
+    try:
+        np.ones(20 * MIB, np.uint8).fill(0)
+        assert peak_growth_bytes(lambda: np.ones(30 * MIB, np.uint8).fill(0)) > 28 * MIB
+    finally:
+        ctypes.CDLL(None).mallopt(allocator.M_TRIM_THRESHOLD, 128 * 2**10)  # as glibc begins
+
+
+def test_a_system_that_tells_no_pages_of_files_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields_of = memory.fields_of
+
+    def without(path: Path) -> dict[str, int]:
+        return {name: value for name, value in fields_of(path).items() if name != "RssFile"}
+
+    monkeypatch.setattr(memory, "fields_of", without)
+
+    assert peak_growth_bytes(lambda: np.ones(64 * MIB, np.uint8).fill(0)) > 60 * MIB
 
 
 def test_pages_of_files_that_the_kernel_takes_back_meanwhile_hide_nothing(tmp_path: Path) -> None:
