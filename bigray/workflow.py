@@ -165,16 +165,16 @@ def plan_request(
     is_remote = resolve_address(address) is not None
     with ThreadPoolExecutor(1) as threads:  # importing torch takes as long as to connect
         measuring = threads.submit(measure, request, to_submit=is_remote) if measured else None
-        capacity = _capacity(address)
+        capacity = _capacity(address, serve.application.name if serve is not None else None)
         footprint = measuring.result() if measuring is not None else None
     return plan_for(request, capacity, serve.needs() if serve is not None else None, footprint)
 
 
-def _capacity(address: str | None) -> Capacity:
+def _capacity(address: str | None, application: str | None) -> Capacity:
     if resolve_address(address) is None:
         return local_capacity()
     ensure_connected(address)
-    return growing_capacity()
+    return growing_capacity(application)
 
 
 def find_bundle(location: str | Path | Storage) -> str:

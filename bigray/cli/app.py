@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from bigray.serve.runner import Deployment
 
 
+GOES_ON = frozenset({"train", "tune", "run", "predict", "resume"})
+"""Commands that leave on storage what they have done, for the next time."""
+
+
 class _Commands(TyperGroup):
     """Turns what a command raises into one line for each fault, and an exit code by kind."""
 
@@ -38,11 +42,15 @@ class _Commands(TyperGroup):
             )
             sys.exit(ClusterError.exit_code)
         except KeyboardInterrupt:
-            console.say("interrupted; the same command goes on where it stopped")
+            console.say(f"interrupted{_how_to_go_on(ctx)}")
             sys.exit(130)
         except Terminated:
-            console.say("told to end (SIGTERM); the same command goes on where it stopped")
+            console.say(f"told to end (SIGTERM){_how_to_go_on(ctx)}")
             sys.exit(EXIT_CODE)
+
+
+def _how_to_go_on(ctx: typer.Context) -> str:
+    return "; the same command goes on where it stopped" if ctx.invoked_subcommand in GOES_ON else ""
 
 
 def _is_rays(error: Exception) -> bool:

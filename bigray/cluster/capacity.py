@@ -235,13 +235,17 @@ def _visible_gpus() -> int:
     return len([device for device in chosen.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
 
 
-def connected_capacity() -> Capacity:
-    """The nodes of the cluster this process is connected to (driver)."""
+def connected_capacity(application: str | None = None) -> Capacity:
+    """The nodes of the cluster this process is connected to (driver).
+
+    With the name of a Serve application only its replicas are counted as such: an endpoint takes over its own, and
+    what those of others hold stays held.
+    """
     import ray
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
-    replicas = _replicas_by_node()
+    replicas = _replicas_by_node(application)
     here = ray.get_runtime_context().get_node_id()
     return Capacity(
         tuple(
@@ -252,17 +256,14 @@ def connected_capacity() -> Capacity:
     )
 
 
-def _replicas_by_node() -> Counter[str]:
-    """Live replicas of Ray Serve, by the node they run on."""
+def _replicas_by_node(application: str | None) -> Counter[str]:
+    """Live replicas of an application of Ray Serve, or of all of them, by the node they run on."""
     from ray._private.state import actors
     from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
 
+    prefix = REPLICA_ID_FULL_ID_STR_PREFIX + (f"{application}#" if application is not None else "")
     alive: dict[str, dict[str, Any]] = actors(actor_state_name="ALIVE")
-    return Counter(
-        actor["Address"]["NodeID"]
-        for actor in alive.values()
-        if actor["Name"].startswith(REPLICA_ID_FULL_ID_STR_PREFIX)
-    )
+    return Counter(actor["Address"]["NodeID"] for actor in alive.values() if actor["Name"].startswith(prefix))
 
 
 def _node(node: dict[str, Any], free: dict[str, float], replicas: int, has_driver: bool) -> Node:

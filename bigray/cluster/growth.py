@@ -61,9 +61,9 @@ class Growth:
         return cls(tuple(node_type(name, kind) for name, kind in kinds.items()), most)
 
 
-def growing_capacity() -> Capacity:
-    """The nodes of the cluster this process is connected to, and those that its autoscaler may add (driver)."""
-    capacity = connected_capacity()
+def growing_capacity(application: str | None = None) -> Capacity:
+    """`connected_capacity`, and the nodes that the cluster's autoscaler may add (driver)."""
+    capacity = connected_capacity(application)
     growth = None if is_embedded() else _growth()
     return capacity if growth is None else grown(capacity, growth, _workers_up())
 

@@ -148,7 +148,7 @@ def find_dashboard(address: str | None, environment: Mapping[str, str] = os.envi
     if not host or (separator and scheme not in ("http", "https")):
         raise ClusterError(f"{shown}: not the URL of a dashboard; use http://HOST:8265")
     if separator:
-        return f"{scheme}://{parts.netloc}"
+        return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}"  # a proxy may have it below a path
     return f"http://{host}:{port or 8265}"
 
 

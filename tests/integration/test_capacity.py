@@ -161,13 +161,16 @@ def test_what_serve_or_anybody_holds_now_is_seen(cluster: Any) -> None:
         def ready(self) -> bool:
             return True
 
-    idle = connected_capacity()
+    idle = connected_capacity("default")
     name = "SERVE_REPLICA::default#Model#abc"
     held = ray.remote(Replica).options(num_cpus=1.5, name=name, namespace="serve", lifetime="detached").remote()
     assert ray.get(held.ready.remote())
-    busy = connected_capacity()
+    busy = connected_capacity("default")
+    of_another = connected_capacity("default2")
 
     assert (busy.replicas, idle.replicas) == (1, 0)
+    assert connected_capacity().replicas == 1
+    assert (of_another.replicas, of_another.free_cpus) == (0, busy.free_cpus)  # it has to find places of its own
     assert busy.free_cpus == idle.free_cpus - 1.5
     assert [node.has_driver for node in busy.nodes].count(True) == 1
     ray.kill(held)

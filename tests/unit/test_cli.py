@@ -260,3 +260,29 @@ assert not {{"torch", "ray", "onnxruntime"}} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "interrupted", "told"),
+    [
+        (("cluster", "local"), "bigray.cluster.local.load_local_spec", "interrupted\n"),
+        (
+            ("train", "job.toml"),
+            "bigray.workflow.read_files",
+            "interrupted; the same command goes on where it stopped\n",
+        ),
+    ],
+)
+def test_only_a_command_that_goes_on_says_so_when_it_is_interrupted(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    interrupted: str,
+    told: str,
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, interrupt)
+
+    assert _run(capsys, *command) == (130, "", told)

@@ -338,7 +338,11 @@ class _Rings:
 
 def _ring(pair: Pair, backend: str, first: Answer, second: Answer) -> RingFacts:
     """The slower side's time; of two errors the one that says more than that time was up."""
-    errors = sorted((answer.error for answer in (first, second) if answer.error), key=lambda text: LATE in text or "timeout" in text)
+    errors = sorted((answer.error for answer in (first, second) if answer.error), key=_says_only_late)
     if errors:
         return RingFacts(*pair, backend, None, errors[0])
     return RingFacts(*pair, backend, max(first.value, second.value))
+
+
+def _says_only_late(error: str) -> bool:
+    return LATE in error or "timeout" in error

@@ -89,6 +89,7 @@ ADDRESSES = {
     "dashboard without a scheme": (None, {"RAY_ADDRESS": "c:8265"}, "http://c:8265"),
     "host alone": ("head", {}, "http://head:8265"),
     "port of one's own": ("head:9000", {}, "http://head:9000"),
+    "below a path of a proxy": (None, {"RAY_API_SERVER_ADDRESS": "https://a/ray/"}, "https://a/ray"),
     "version 6": ("[::1]:8265", {}, "http://[::1]:8265"),
 }
 
