@@ -376,9 +376,14 @@ def why_there_can_be_none() -> str | None:
         return "network namespaces are made by root only"
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         return f"not installed: {', '.join(missing)}"
-    pair = ["ip", "link", "add", "one", "type", "veth", "peer", "name", "two"]
+    parts = (
+        "ip link add one type veth peer name two",
+        "ip link add switch type bridge",
+        "tc qdisc add dev one root tbf rate 1mbit burst 32kb latency 100ms",
+        "mount -t tmpfs tmpfs /tmp",
+    )
     tried = subprocess.run(
-        ["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc", *pair],
+        ["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc", "sh", "-ec", "\n".join(parts)],
         capture_output=True,
         text=True,
         timeout=30,
