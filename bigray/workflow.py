@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from bigray.bundle import BundleManifest, ModelBundle, OutputSchema
 from bigray.cluster.capacity import Capacity, local_capacity
@@ -100,7 +101,7 @@ def extend_request(
     paths, document = find_run(run)
     if document["search"] is None:
         raise SpecError(f"--extend: {paths.run_id} is a plain training, without a search; use bigray tune")
-    job_spec = JobSpec.model_validate_json(json.dumps(document["job"]))
+    job_spec = recorded_job(document)
     search_spec = SearchSpec.model_validate_json(json.dumps(document["search"]))
     if search_spec.search == "grid" or search_spec.scheduler == "pbt" or search_spec.trials is None:
         what = "a grid is whole" if search_spec.search == "grid" else "a population has a fixed size"
@@ -123,6 +124,41 @@ def extend_request(
     if not re.fullmatch(rf"{re.escape(request.run_id)}(-\d+)?", paths.run_id):  # with the number that --new puts behind
         raise SpecError(f"--extend: the code of a model or task is not what {paths.run_id} was trained with")
     return replace(request, run_name=paths.run_id), search_spec
+
+
+def recorded_request(run: str) -> tuple[RunRequest, SearchSpec | None]:
+    """What a run was asked to do, from its folder, so that it goes on without its job file.
+
+    Raises:
+        SpecError: no such run, its `run.json` is another version's, or its rows or code are not what they were.
+    """
+    paths, document = find_run(run)
+    job = recorded_job(document).model_copy(update={"storage": paths.storage.parent.uri})
+    if document["search"] is None:
+        request, search = make_request(job, training_trials(job)), None
+    else:
+        search = SearchSpec.model_validate_json(json.dumps(document["search"]))
+        total = None if search.trials is None else extended_total(search.trials, 0, list(read_journal(paths)))
+        is_extended = total is not None and total != search.trials
+        drawn = search_trials(job, search.model_copy(update={"trials": total}) if is_extended else search)
+        request = make_request(job, drawn, document["search"], extended_to=total if is_extended else None)
+    if request.dataset.fingerprint != document["data"]["fingerprint"]:
+        raise SpecError(f"{run}: the rows of {job.data.source or job.data.train} are not those it was trained on")
+    if not (paths.run_id == request.run_id or paths.run_id.startswith(f"{request.run_id}-")):
+        raise SpecError(f"{run}: the code of a model or task is not what it was trained with; run it in that folder")
+    return replace(request, run_name=paths.run_id), search
+
+
+def recorded_job(document: dict[str, Any]) -> JobSpec:
+    """The job in a `run.json`.
+
+    Raises:
+        SpecError: it holds none that this bigray knows.
+    """
+    try:
+        return JobSpec.model_validate_json(json.dumps(document["job"]))
+    except (KeyError, ValidationError) as error:
+        raise SpecError("RUN: its run.json holds no job that this bigray knows; use the bigray that made it") from error
 
 
 def extended_total(at_first: int, more: int, events: Sequence[dict[str, Any]]) -> int:

@@ -5,22 +5,19 @@ What each does is in `bigray.cluster.submission` and `bigray.cluster.jobs`.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bigray.cli.app import AsEvents, AsJson, JobFile, Output, Overrides, SearchFile, app, raise_faults
-from bigray.errors import ClusterError, SpecError
+from bigray.errors import ClusterError
 
 if TYPE_CHECKING:
     from bigray.cluster.jobs import Jobs
     from bigray.cluster.submission import Submission, Wishes
-    from bigray.specs import JobSpec, SearchSpec
-    from bigray.training.request import RunRequest
 
 GIB = 2**30
 
@@ -169,56 +166,20 @@ def _resubmission(run: str, wishes: Wishes) -> Submission:
     from bigray.cluster.package import find_package
     from bigray.cluster.submission import make_resubmission, needs_folder
     from bigray.report import find_run
+    from bigray.workflow import recorded_job
 
     paths, document = find_run(run)
-    job = _job_of(document)
+    job = recorded_job(document)
     return make_resubmission(run, paths.run_id, job, find_package() if needs_folder(job) else None, wishes)
 
 
 def _resume_here(run: str, address: str | None, output: Output) -> None:
     from bigray.cli.training import Asked, train_or_tune
+    from bigray.workflow import recorded_request
 
     raise_faults(output.faults())
-    request, search = _request_of(run)
+    request, search = recorded_request(run)
     train_or_tune(Asked(request, search, address, new=False, output=output))
-
-
-def _request_of(run: str) -> tuple[RunRequest, SearchSpec | None]:
-    """What a run was asked to do, from its folder."""
-    from bigray.journal import read_journal
-    from bigray.report import find_run
-    from bigray.specs import SearchSpec
-    from bigray.training.request import make_request
-    from bigray.training.runner import training_trials
-    from bigray.tuning.space import search_trials
-    from bigray.workflow import extended_total
-
-    paths, document = find_run(run)
-    job = _job_of(document).model_copy(update={"storage": paths.storage.parent.uri})
-    if document["search"] is None:
-        request, search = make_request(job, training_trials(job)), None
-    else:
-        search = SearchSpec.model_validate_json(json.dumps(document["search"]))
-        total = None if search.trials is None else extended_total(search.trials, 0, list(read_journal(paths)))
-        is_extended = total is not None and total != search.trials
-        drawn = search_trials(job, search.model_copy(update={"trials": total}) if is_extended else search)
-        request = make_request(job, drawn, document["search"], extended_to=total if is_extended else None)
-    if request.dataset.fingerprint != document["data"]["fingerprint"]:
-        raise SpecError(f"{run}: the rows of {job.data.source or job.data.train} are not those it was trained on")
-    if not (paths.run_id == request.run_id or paths.run_id.startswith(f"{request.run_id}-")):
-        raise SpecError(f"{run}: the code of a model or task is not what it was trained with; run it in that folder")
-    return replace(request, run_name=paths.run_id), search
-
-
-def _job_of(document: dict[str, Any]) -> JobSpec:
-    from pydantic import ValidationError
-
-    from bigray.specs import JobSpec
-
-    try:
-        return JobSpec.model_validate_json(json.dumps(document["job"]))
-    except (KeyError, ValidationError) as error:
-        raise SpecError("RUN: its run.json holds no job that this bigray knows; use the bigray that made it") from error
 
 
 def _output_faults(as_json: bool, no_wait: bool, dry_run: bool) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from bigray.cluster.checking.clear_secrets import secret_in
 from bigray.cluster.checking.dockerfile_parts import (
     INSTRUCTIONS,
     Instruction,
@@ -17,6 +16,7 @@ from bigray.cluster.checking.dockerfile_parts import (
     stages_of,
 )
 from bigray.cluster.checking.faults import Fault
+from bigray.cluster.checking.secret_values import secret_in
 from bigray.cluster.checking.versions import LEAST_PYTHON, RAY_IMAGES, image_fault, pip_faults
 from bigray.cluster.secrets import SECRET_KEY, is_secret_path
 from bigray.errors import did_you_mean

@@ -7,31 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigray.cluster.checking.faults import Path
-from bigray.cluster.secrets import SECRET_KEY, SECRET_VALUES, is_secret_path, is_uri_with_secret
+from bigray.cluster.checking.secret_values import secret_in
+from bigray.cluster.secrets import SECRET_KEY, is_secret_path
 
-_WORDS = r"(?:secret|password|passwd|token|api[_-]?key|access[_-]?key(?:[_-]id)?|credentials)"
-_ASSIGNED = re.compile(
-    rf"(?:^|[\s'\";])(?:-{{1,2}}(?P<option>(?:\w+-)*{_WORDS})[=\s]\s*|(?P<name>(?:\w+_)*{_WORDS})\s*=\s*)"
-    r"['\"]?[^\s'\"$~/<{;-]",
-    re.IGNORECASE,
-)
-"""`--redis-password hunter2` and `RAY_AUTH_TOKEN=abc`, and no variable, path or placeholder in the value's place."""
-_ECHOED = re.compile(r"(?:echo|printf)\s+(?!['\"]?\$)\S.*>+\s*\S*auth_token")
 _CREDENTIALS = ("aws_credentials", "gcp_credentials")
 _OF_RAY = (".ray", "auth_token")
 """Ray's own token has to be on every node."""
-
-
-def secret_in(text: str) -> str | None:
-    """What kind of secret stands in a text as it is; None where there is none. Variables and paths are none."""
-    for what, pattern in SECRET_VALUES.items():
-        if pattern.search(text):
-            return what
-    if found := _ASSIGNED.search(text):
-        return f"the value of {found.group('option') or found.group('name')}"
-    if any(is_uri_with_secret(word) for word in text.split()):
-        return "an address with a key in it"
-    return "a token" if _ECHOED.search(text) else None
 
 
 def secrets(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:

@@ -6,8 +6,8 @@ import re
 import tomllib
 from collections.abc import Iterator
 
-from bigray.cluster.checking.clear_secrets import secret_in
 from bigray.cluster.checking.faults import Fault
+from bigray.cluster.checking.secret_values import secret_in
 from bigray.cluster.dry_run.spec import LocalClusterSpec
 from bigray.errors import SpecError
 from bigray.loading import validate_document

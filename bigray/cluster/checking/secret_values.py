@@ -1,10 +1,14 @@
-"""Whether one named value of a file is a secret in clear: by its name, or by how it looks."""
+"""Whether a value or a line of a checked file holds a secret in clear: by the name it is given, or by its own form."""
 
 from __future__ import annotations
 
 import re
 
 from bigray.cluster.secrets import SECRET_KEY, SECRET_VALUES, is_uri_with_secret
+
+_OPTION = re.compile(r"""(?:^|[\s'";])--?(?P<name>[A-Za-z][\w-]*)(?:=|\s+)['"]?(?P<value>[^\s'"]+)""")
+_ASSIGNED = re.compile(r"""\b(?P<name>[A-Za-z_]\w*)\s*[=:]\s*['"]?(?P<value>[^\s'"]+)""")
+_ECHOED = re.compile(r"(?:echo|printf)\s+(?!['\"]?\$)\S.*>+\s*\S*auth_token")
 
 
 def is_secret(name: str, value: object) -> bool:
@@ -19,3 +23,24 @@ def is_secret(name: str, value: object) -> bool:
 def is_placeholder(value: str) -> bool:
     """Whether a text only stands for one that is filled in later."""
     return bool(re.fullmatch(r"\s*(<[^<>]*>|\$\(?\{?[A-Za-z_]\w*\}?\)?)\s*", value))
+
+
+def secret_in(text: str) -> str | None:
+    """What of a line or a command is a secret, such as "the value of HF_TOKEN"; None where nothing is."""
+    for what, pattern in SECRET_VALUES.items():
+        if pattern.search(text):
+            return what
+    if any(is_uri_with_secret(word) for word in text.split()):
+        return "an address with a key in it"
+    for pattern in (_OPTION, _ASSIGNED):
+        for name, value in pattern.findall(text):
+            if SECRET_KEY.search(name) and _is_value(value):
+                return f"the value of {name}"
+    return "a token" if _ECHOED.search(text) else None
+
+
+def _is_value(text: str) -> bool:
+    """Not a number or a word of settings, nor a reference: a variable, a command's output, a path, a placeholder."""
+    if re.fullmatch(r"[\d._,]+|true|false|none|null", text, re.IGNORECASE):
+        return False
+    return len(text) >= 3 and not text.startswith(("$", "/", "~", "<", "`", "{", "-"))

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bigray.cluster.checking.clear_secrets import secret_in
 from bigray.cluster.checking.faults import Fault
 from bigray.cluster.checking.ray_commands import OPTIONS as OPTIONS_OF_RAY_START
 from bigray.cluster.checking.sbatch_options import (
@@ -21,6 +20,7 @@ from bigray.cluster.checking.sbatch_options import (
     signal_of,
     value_fault,
 )
+from bigray.cluster.checking.secret_values import secret_in
 from bigray.cluster.checking.shell_script import Command, commands_of, syntax_fault
 from bigray.errors import did_you_mean
 

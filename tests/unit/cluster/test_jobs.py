@@ -768,21 +768,21 @@ def test_what_cannot_be_resumed_is_refused(project: Path, bigray: Command) -> No
 
 
 def test_a_run_is_asked_for_as_it_was(project: Path) -> None:
-    from bigray.cli.jobs import _request_of
+    from bigray.workflow import recorded_request
 
     run = _write_run(project.parent / "runs", project / "job.toml")
     moved = run.parent / "moved" / run.name
     moved.parent.mkdir()
     run.rename(moved)
 
-    request, search = _request_of(str(moved))
+    request, search = recorded_request(str(moved))
 
     assert search is None
     assert request.run_name == moved.name == request.run_id
     assert request.job.storage == str(moved.parent)
     (project / "rows.csv").write_text((project / "rows.csv").read_text() + "61,1,1\n")
     with pytest.raises(SpecError, match=r"the rows of rows\.csv are not those it was trained on"):
-        _request_of(str(moved))
+        recorded_request(str(moved))
 
 
 def test_a_job_of_bigrays_own_code_and_storage_needs_no_folder(project: Path) -> None:

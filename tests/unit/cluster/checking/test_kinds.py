@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from bigray.cluster.checking.kinds import MOST_BYTES, Kind, check_file, kind_of
-from bigray.cluster.checking.literal_secrets import is_private, secret_in
+from bigray.cluster.checking.literal_secrets import is_private
+from bigray.cluster.checking.secret_values import secret_in
 
 
 @pytest.mark.parametrize(
