@@ -161,8 +161,8 @@ def test_a_group_is_on_one_node_with_a_gpu_for_each_worker_and_two_groups_are_on
         assert sorted(note["gpus"] for note in workers) == [["0"], ["1"]]
         # Ray Train shows both to both, and each computes on its own, which its local rank counts
         assert [note["visible"] for note in workers] == ["0,1"] * 2
-        assert all(note["device"] == f"cuda:{note['local_rank']}" for note in workers)
-        assert all(note["gpus"] == [str(note["local_rank"])] for note in workers)
+        seats = sorted((note["local_rank"], note["device"], note["gpus"]) for note in workers)
+        assert seats == [(0, "cuda:0", ["0"]), (1, "cuda:1", ["1"])]
         assert backend(workers) == "nccl"
 
 

@@ -323,7 +323,8 @@ def _ring_fix(ring: RingFacts, facts: Mapping[str, NodeFacts]) -> str:
     setting = " and ".join(f"{variable}={interface} on {name}" for name, interface in own.items())
     if len(own) == 2 and len(set(own.values())) == 1:
         setting = f"{variable}={next(iter(own.values()))} on both"
-    if ring.seconds_with_interface is not None:
+    is_set_otherwise = any(found.gloo_setting not in ("", found.interface) for found in _of_pair(ring, facts).values())
+    if ring.seconds_with_interface is not None or (is_set_otherwise and setting):
         return f"start Ray with {setting}"
     advice = "open all TCP ports between them"
     return f"{advice}; where they have a network of their own, start Ray with {setting}" if setting else advice

@@ -251,6 +251,15 @@ def test_a_pair_that_no_interface_connects_is_told_to_open_the_ports() -> None:
     assert found.fix.startswith("open all TCP ports between them")
 
 
+def test_a_pair_that_was_set_to_another_interface_is_told_to_set_it_also_where_there_was_no_time_to_try_that() -> None:
+    nodes = [node(1), node(2, gloo_interface="nosuch0", gloo_setting="nosuch0")]
+    ring = RingFacts("10.0.0.1", "10.0.0.2", "gloo", None, "unable to find address for: nosuch0")
+    found = only(checks.check_rings(nodes, [ring]))
+
+    assert "nosuch0" in found.what
+    assert found.fix == "start Ray with GLOO_SOCKET_IFNAME=eth0 on both"
+
+
 def test_a_pair_much_slower_than_the_others_is_told() -> None:
     times = {(1, 2): 0.004, (1, 3): 0.004, (2, 3): 0.09}
     rings = [RingFacts(f"10.0.0.{a}", f"10.0.0.{b}", "gloo", seconds) for (a, b), seconds in times.items()]
