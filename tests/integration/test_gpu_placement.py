@@ -21,7 +21,7 @@ import torch
 from bigray.errors import GroupLost
 from bigray.specs import ScalingSpec
 from bigray.training.devices import backend_of
-from bigray.training.membership import Member
+from bigray.training.membership import Member, Place
 from tests.integration.jobs import make_job
 from tests.integration.raylets import ray_cluster
 
@@ -70,7 +70,6 @@ def tell(config: dict[str, Any]) -> None:
         "group": config["group"],
         "node": ray.get_runtime_context().get_node_id(),
         "slot": context.get_world_rank(),
-        "local_rank": context.get_local_rank(),
         "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "device": str(ray.train.torch.get_device()),
@@ -144,9 +143,14 @@ def label_of(node_id: str) -> str:
     return next(str(n["Labels"]["ray.io/accelerator-type"]) for n in ray.nodes() if n["NodeID"] == node_id)
 
 
+def members(notes: list[dict[str, Any]]) -> tuple[Member, ...]:
+    """The workers of one group as they would be seated, by rank."""
+    seated = sorted(notes, key=lambda note: int(note["slot"]))
+    return tuple(Member(it["node"], "127.0.0.1", it["slot"], it["slot"], 2, it["gpus"][0]) for it in seated)
+
+
 def backend(notes: list[dict[str, Any]]) -> str:
-    members = [Member(note["node"], "127.0.0.1", note["slot"], note["slot"], 2, note["gpus"][0]) for note in notes]
-    return backend_of(members, "cuda")
+    return backend_of(members(notes), "cuda")
 
 
 def test_a_group_is_on_one_node_with_a_gpu_for_each_worker_and_two_groups_are_on_two(
@@ -158,12 +162,12 @@ def test_a_group_is_on_one_node_with_a_gpu_for_each_worker_and_two_groups_are_on
     assert [len(nodes) for nodes in groups.values()] == [1, 1]
     assert groups[0] != groups[1]
     for group in (0, 1):
-        workers = [note for note in notes if note["group"] == group]
-        assert sorted(note["gpus"] for note in workers) == [["0"], ["1"]]
-        # Ray Train shows both to both, and each computes on its own, which its local rank counts
+        workers = sorted((note for note in notes if note["group"] == group), key=lambda note: int(note["slot"]))
+        # Ray Train shows both to both, and each computes on its own, which LOCAL_RANK counts
         assert [note["visible"] for note in workers] == ["0,1"] * 2
-        seats = sorted((note["local_rank"], note["device"], note["gpus"]) for note in workers)
-        assert seats == [(0, "cuda:0", ["0"]), (1, "cuda:1", ["1"])]
+        local_ranks = [Place(0, note["slot"], members(workers)).local_rank for note in workers]
+        assert local_ranks == [0, 1]
+        assert [(note["gpus"], note["device"]) for note in workers] == [(["0"], "cuda:0"), (["1"], "cuda:1")]
         assert backend(workers) == "nccl"
 
 
