@@ -10,7 +10,7 @@ from tests.hosts.hosts import Network, why_there_can_be_none
 
 HERE = Path(__file__).parent
 IS_FULL = os.environ.get("BIGRAY_FULL") == "1"
-SMALL = ("test_hosts.py", "test_submit_two_hosts.py", "test_tokens.py")
+SMALL = ("test_hosts.py", "test_submit_two_hosts.py")
 """What runs without BIGRAY_FULL=1, too: minutes rather than half an hour."""
 
 
