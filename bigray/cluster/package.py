@@ -14,12 +14,14 @@ import stat
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from bigray.cluster.secrets import HEAD_BYTES, holds_private_key, is_secret_path
+from bigray.data.sources.locations import find_files
+from bigray.data.sources.reading import KINDS
 from bigray.errors import SpecError, StorageError
 
 if TYPE_CHECKING:
@@ -214,9 +216,10 @@ def size_fault(package: Package, needed: Iterable[str] = (), limit: int = LIMIT_
 
 def to_ignore(package: Package, needed: frozenset[str], excess: int) -> list[str]:
     """The fewest folders and files whose absence makes up for `excess` bytes, none of which holds what is needed."""
+    around = {parent for path in needed for parent in PurePosixPath(path).parents}
     sizes: Counter[str] = Counter()
     for file in package.files:
-        place = _outermost_without(file.path, needed)
+        place = _outermost_without(file.path, needed, around)
         if place is not None:
             sizes[place] += file.size
     chosen: list[str] = []
@@ -228,12 +231,12 @@ def to_ignore(package: Package, needed: frozenset[str], excess: int) -> list[str
     return chosen if excess <= 0 else []
 
 
-def _outermost_without(path: str, needed: frozenset[str]) -> str | None:
+def _outermost_without(path: str, needed: frozenset[str], around: Set[PurePosixPath]) -> str | None:
     """The largest folder around a file that holds nothing needed, with a slash behind it; else the file itself."""
     if path in needed:
         return None
     for folder in reversed(PurePosixPath(path).parents[:-1]):
-        if not any(PurePosixPath(other).is_relative_to(folder) for other in needed):
+        if folder not in around and folder.as_posix() not in needed:
             return f"/{folder.as_posix()}/"
     return f"/{path}"
 
@@ -259,12 +262,19 @@ def missing_faults(package: Package, needed: Iterable[tuple[str, str]]) -> list[
     sent = {file.path for file in package.files}
     folders = {parent.as_posix() for path in sent for parent in PurePosixPath(path).parents}
     reasons = {left.path: left.why for left in package.left_out}
-    return [
-        f"{place}: {path} is not sent: {reasons.get(path, 'an ignore file names it')}; keep it where the cluster sees "
-        f"it, or have it sent"
-        for place, path in needed
-        if path not in sent and path not in folders
-    ]
+    missing: dict[str, list[str]] = {}
+    for place, path in needed:
+        if path not in sent and path not in folders:
+            missing.setdefault(place, []).append(path)
+    return [_missing_fault(place, paths, reasons.get(paths[0])) for place, paths in missing.items()]
+
+
+def _missing_fault(place: str, paths: Sequence[str], reason: str | None) -> str:
+    first, *more = paths
+    what = f"{first} and {len(more):,} more are" if more else f"{first} is"
+    them = "them" if more else "it"
+    why = reason or f"an ignore file names {them}"
+    return f"{place}: {what} not sent: {why}; keep {them} where the cluster sees {them}, or have {them} sent"
 
 
 def files_of_job(job: JobSpec, folder: Path) -> list[tuple[str, str]]:
@@ -273,7 +283,7 @@ def files_of_job(job: JobSpec, folder: Path) -> list[tuple[str, str]]:
     for key in ("source", "train", "test"):
         source = getattr(job.data, key)
         if source is not None:
-            found += [(f"data.{key}", path) for path in _paths_of(source, folder)]
+            found += [(f"data.{key}", path) for path in _data_of(source, folder)]
     for name, model in job.models.items():
         found += [(f"models.{name}.factory", path) for path in _paths_of(model.factory, folder)]
         if model.weights is not None:
@@ -282,6 +292,15 @@ def files_of_job(job: JobSpec, folder: Path) -> list[tuple[str, str]]:
         if (own := getattr(job.training, key)) is not None and ":" in own:
             found += [(f"training.{key}", path) for path in _paths_of(own, folder)]
     return found
+
+
+def _data_of(source: str, folder: Path) -> list[str]:
+    """Of a folder of data each file that is read, since rows that are not sent would be missed by nobody."""
+    paths = _paths_of(source, folder)
+    if not any((folder / path).is_dir() for path in paths):
+        return paths
+    found = (Path(file.path) for file in find_files(str(folder / Path(source).expanduser())) if file.kind in KINDS)
+    return [path.relative_to(folder).as_posix() for path in found if path.is_relative_to(folder)]
 
 
 def _paths_of(reference: str, folder: Path) -> list[str]:

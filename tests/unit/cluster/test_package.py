@@ -16,11 +16,13 @@ from bigray.cluster.package import (
     LIMIT_BYTES,
     MIB,
     Package,
+    files_of_job,
     find_package,
     missing_faults,
     read_pins,
     relative_to_folder,
     size_fault,
+    to_ignore,
     write_zip,
 )
 from bigray.cluster.secrets import is_secret_path, secrets_in_document, secrets_in_text
@@ -266,6 +268,17 @@ def test_a_file_of_the_command_is_named_as_the_job_finds_it(folder: Path, monkey
         relative_to_folder(folder, "JOB", "../job.toml")
 
 
+def job_with(**data: str) -> JobSpec:
+    return JobSpec.model_validate(
+        {
+            "name": "pictures",
+            "data": {"target": "label", **data},
+            "models": {"cnn": {"factory": "bigray.models:cnn"}},
+            "training": {"task": "classification"},
+        }
+    )
+
+
 def test_what_the_job_reads_and_would_not_find_is_told(folder: Path) -> None:
     write(folder, {".gitignore": "*.csv\n", "rows.csv": "", "data/a.parquet": "", "id_rsa": ""})
     needed = [("data.source", "rows.csv"), ("data.train", "data"), ("--serve", "id_rsa")]
@@ -276,6 +289,27 @@ def test_what_the_job_reads_and_would_not_find_is_told(folder: Path) -> None:
         "data.source: rows.csv is not sent: an ignore file names it",
         "--serve: id_rsa is not sent: it holds secrets by its name",
     ]
+
+
+def test_a_folder_of_data_that_an_ignore_file_thins_out_is_told_once(folder: Path) -> None:
+    pictures = {f"pictures/{kind}/{number}.png": "" for kind in "ab" for number in range(3)}
+    write(folder, {".gitignore": "pictures/b/\n*.tmp\n", "pictures/a/old.tmp": "", "pictures/.cache": "", **pictures})
+    job = job_with(train="pictures/a", test="pictures")
+
+    faults = missing_faults(find_package(folder), files_of_job(job, folder))
+
+    assert [fault.split(";")[0] for fault in faults] == [
+        "data.test: pictures/b/0.png and 2 more are not sent: an ignore file names them"
+    ]
+
+
+def test_a_folder_that_data_is_in_is_not_named_as_one_to_leave_out(folder: Path) -> None:
+    write(folder, {"pictures/a/0.png": "x" * 50, "pictures/a/1.png": "x" * 50, "notes/b.txt": "x" * 20})
+    job = job_with(source="pictures")
+    needed = frozenset(path for _, path in files_of_job(job, folder))
+
+    assert to_ignore(find_package(folder), needed, 10) == ["/notes/"]
+    assert to_ignore(find_package(folder), needed, 60) == []
 
 
 def test_pins_are_read_and_ray_is_left_to_the_cluster(tmp_path: Path) -> None:
