@@ -190,11 +190,6 @@ class AutoscaledHosts(RayHosts):
         except TimeoutError as late:
             raise TimeoutError(f"{late}: {self.cloud.history}\n{self.autoscaler_log()[-5000:]}") from None
 
-    def autoscaler_log(self) -> str:
-        """What the autoscaler itself has written."""
-        logs = self.head.path("/tmp/ray/session_latest/logs")
-        return "".join(file.read_text(errors="replace") for file in sorted(logs.glob("monitor*")))
-
 
 def _ray_as(node: str, *, kind: str) -> Sequence[str]:
     """The command `ray` of a node that the autoscaler knows by this id, of this kind."""

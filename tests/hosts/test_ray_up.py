@@ -100,7 +100,10 @@ def test_the_onprem_file_brings_up_three_hosts_that_train_lose_one_and_come_down
     network: Network, desk: Host, config: Path, tmp_path: Path
 ) -> None:
     ray = RayHosts(network)
-    ray.wait_for_nodes(3, timeout_s=200)
+    try:
+        ray.wait_for_nodes(3, timeout_s=200)
+    except TimeoutError as late:
+        raise TimeoutError(f"{late}\n{ray.autoscaler_log()[-8000:]}") from None
     assert "bigray" in ray_on(desk, "exec", str(config), "~/.bigray/bin/python -m bigray --help")
 
     job = write_job(tmp_path)
