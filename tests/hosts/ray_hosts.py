@@ -124,8 +124,8 @@ class RayHosts:
 
     def autoscaler_log(self) -> str:
         """What the autoscaler itself has written."""
-        logs = self.head.path("/tmp/ray/session_latest/logs")
-        return "".join(file.read_text(errors="replace") for file in sorted(logs.glob("monitor*")))
+        logs = self.head.path("/tmp/ray").glob("session_2*/logs/monitor*")
+        return "".join(file.read_text(errors="replace") for file in sorted(logs))
 
     def wait_for_nodes(self, count: int, timeout_s: float = START_S) -> dict[str, str]:
         """Ray's id of each live node, by address, once there are so many.
