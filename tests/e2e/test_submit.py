@@ -20,6 +20,7 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef0123456789abcdef"
 pytestmark = pytest.mark.timeout(400)
+full_size = pytest.mark.skipif(os.environ.get("BIGRAY_FULL") != "1", reason="takes minutes; with BIGRAY_FULL=1")
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def test_bigray_submit_runs_the_main_job_on_a_token_protected_head(head: Head, p
     assert "(attempt 2)" in again.stderr
 
 
+@full_size
 def test_rays_own_job_submit_runs_bigray_on_the_same_head(head: Head, project: Path, tmp_path: Path) -> None:
     entrypoint = ["bigray", "run", *arguments_of_a_small_job(tmp_path)]
     command = [str(BIN / "ray"), "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *entrypoint]
@@ -210,6 +212,7 @@ def test_a_job_that_is_stopped_has_a_checkpoint_and_goes_on_from_its_folder_alon
     assert "is complete; deploy it with bigray deploy" in head.bigray(project, "resume", str(run)).stderr
 
 
+@full_size
 def test_ctrl_c_leaves_the_job_running(head: Head, project: Path, tmp_path: Path) -> None:
     command = [BIGRAY, "submit", "paced.toml", "--serve", "serve.yaml", "--address", head.dashboard, "--id", "left"]
     process = subprocess.Popen(command, cwd=project, env=head.environment, stderr=subprocess.PIPE, text=True)

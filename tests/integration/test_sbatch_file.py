@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "cluster/slurm/bigray.sbatch"
 TIMEOUT_S = 150.0
+full_size = pytest.mark.skipif(os.environ.get("BIGRAY_FULL") != "1", reason="takes minutes; with BIGRAY_FULL=1")
 
 SLURM = {
     "scontrol": """
@@ -100,6 +101,7 @@ def job(tmp_path: Path) -> Iterator[_Job]:
     job.end()
 
 
+@full_size
 def test_two_nodes_train_a_job_and_nothing_is_left_behind(job: _Job) -> None:
     storage = job.folder / "runs"
     process = job.start("here there", "train", "examples/linear/job.toml", "--set", f"storage={storage}", "--json")
@@ -111,6 +113,7 @@ def test_two_nodes_train_a_job_and_nothing_is_left_behind(job: _Job) -> None:
     assert not list(job.folder.glob("bigray-*"))
 
 
+@full_size
 def test_slurms_signal_ends_the_run_in_order_and_queues_the_job_again(job: _Job) -> None:
     storage = job.folder / "runs"
     settings = ("--set", f"storage={storage}", "--set", "training.epochs=100000")
