@@ -224,7 +224,12 @@ def processes_of(cluster: Any) -> tuple[Any, list[list[Any]]]:
 
 
 def is_agent(process: Any) -> bool:
-    command = " ".join(process.cmdline())
+    import psutil
+
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a worker that has just ended
+        return False
     return "agent" in command and "ray::" not in command and "default_worker" not in command
 
 
