@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ RAY_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+HEAD_ANSWERS_S = 2.0
 JOIN_PATIENCE_S = 5.0
 """How long a head that does not listen yet is waited for."""
 
@@ -127,12 +129,30 @@ def prepare_environment(*, joining: bool) -> None:
     # address, which then fails: say it either way
     if not joining or has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if joining:
+        # of this process alone: when the head goes, Ray's C++ would print a line for each second of waiting for it
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from ray._private import auto_init_hook
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # Ray reads its variables when it is imported, which may have been before now
     # a thread that outlives its connection must not join whatever other cluster this machine runs
     auto_init_hook.enable_auto_connect = False
+
+
+def lost_head() -> str | None:
+    """The address of the cluster that this process has joined, where nothing answers at it any more."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    address = str(ray.get_runtime_context().gcs_address)
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), HEAD_ANSWERS_S).close()
+    except OSError:
+        return address
+    return None
 
 
 def is_embedded() -> bool:
