@@ -36,12 +36,25 @@ def desk(network: Network) -> Host:
         network.add(name, shared_memory_mb=SHARED_MEMORY_MB)
     _checked(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key_of(desk))])
     for name in ("head", "one", "two"):
+        be_at_home(network.hosts[name])
         take_ssh(network.hosts[name], key_of(desk).with_suffix(".pub"))
     return desk
 
 
 def key_of(desk: Host) -> Path:
     return desk.home / "key"
+
+
+def be_at_home(host: Host) -> None:
+    """The home of the host's own also for those who look into the list of users, as ssh does for the `~` of a key."""
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    users = host.home / "passwd"
+    lines = Path("/etc/passwd").read_text().splitlines()
+    fields = {line.split(":")[0]: line.split(":") for line in lines}
+    fields[name][5] = str(host.home)
+    users.write_text("".join(":".join(line) + "\n" for line in fields.values()))
+    done = host.run(["mount", "--bind", str(users), "/etc/passwd"])
+    assert done.returncode == 0, done.stderr
 
 
 def take_ssh(host: Host, public_key: Path) -> None:
