@@ -3,7 +3,7 @@
 python examples/image_folder/make_images.py [FOLDER]    the same pictures each time
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -45,4 +45,6 @@ def _corners(shape: str, center: np.ndarray, radius: float, turn: float) -> list
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT)
+    main(parser.parse_args().folder)

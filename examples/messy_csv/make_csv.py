@@ -3,8 +3,8 @@
 python examples/messy_csv/make_csv.py [FILE]    the same rows each time
 """
 
+import argparse
 import csv
-import sys
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -51,4 +51,6 @@ def make_row(number: int, rows: int, generator: np.random.Generator) -> tuple[ob
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=FILE)
+    main(parser.parse_args().file)
