@@ -22,6 +22,7 @@ from bigray.cluster.capacity import Capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.growth import growing_capacity
 from bigray.cluster.plan import Plan
+from bigray.cluster.shared_storage import check_shared
 from bigray.data.dataset import Dataset
 from bigray.errors import DeployError, SpecError, StorageError
 from bigray.inference import Predictions, Predictor
@@ -196,12 +197,18 @@ def plan_request(
     """`plan` for a request whose data has been prepared already.
 
     `measured`: with the size of its checkpoints, of the disk under its storage and, where there is a cluster to send
-    it to, of this folder; that imports torch, and the user's models.
+    it to, of this folder; that imports torch, and the user's models. Of a cluster every node is asked for the storage.
+
+    Raises:
+        CapacityError, SpecError: as `plan`.
+        ClusterError: the storage is a folder that a node does not see.
     """
     is_remote = resolve_address(address) is not None
     with ThreadPoolExecutor(1) as threads:  # importing torch takes as long as to connect
         measuring = threads.submit(measure, request, to_submit=is_remote) if measured else None
         capacity = _capacity(address, serve.application.name if serve is not None else None)
+        if measured and is_remote:
+            check_shared(open_storage(request.job.storage))
         footprint = measuring.result() if measuring is not None else None
     return plan_for(request, capacity, serve.needs() if serve is not None else None, footprint)
 

@@ -24,6 +24,7 @@ from bigray.cluster.capacity import Capacity, local_capacity
 from bigray.cluster.connect import ensure_connected, resolve_address
 from bigray.cluster.growth import growing_capacity
 from bigray.cluster.plan import LEG_ACTOR_BYTES, Footprint, Plan, ServeNeeds, make_plan
+from bigray.cluster.shared_storage import check_shared
 from bigray.cross_validation import cross_validate
 from bigray.errors import TrainingFailed
 from bigray.journal import Journal, read_journal
@@ -105,6 +106,7 @@ def run_trials(
 def _run_attempt(request: RunRequest, drive: Drive, listener: Listener, paths: RunPaths, judge: Judge | None) -> None:
     job = request.job
     plan = plan_for(request, growing_capacity())
+    check_shared(open_storage(job.storage))
     paths.storage.write_bytes(RUN_FILE, json.dumps(_run_document(request, paths), indent=2).encode())
     earlier = list(read_journal(paths))
     journal = Journal.open(paths)

@@ -23,15 +23,13 @@ from typing import TYPE_CHECKING, Any
 from bigray.cluster.doctor.facts import DoorFacts, NodeFacts, RingPlace, TokenFacts
 from bigray.cluster.doctor.ports import Door, knock
 from bigray.cluster.doctor.rings import Seat, open_store, time_ring, without_source
+from bigray.cluster.shared_storage import LOOK_AGAIN_S, SHOWN_AFTER_S, missing_folders, remove_folders
 from bigray.storage import Storage, sha256
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 LOOPBACK = "127.0.0.1"
-SHOWN_AFTER_S = 2.0
-"""How long a file that another node wrote may stay unseen: an NFS client asks again after about as long."""
-LOOK_AGAIN_S = 0.25
 
 
 class Probe:
@@ -243,18 +241,3 @@ def read_file(storage: Storage, name: str) -> str | None:
             return None
         time.sleep(LOOK_AGAIN_S)
     return sha256(storage.read_bytes(name))
-
-
-def missing_folders(storage: Storage) -> list[Path]:
-    """Of a local root and those above it, the deepest first."""
-    if not storage.is_local:
-        return []
-    root = Path(storage.root)
-    return [folder for folder in (root, *root.parents) if not folder.exists()]
-
-
-def remove_folders(folders: Sequence[Path]) -> None:
-    """The deepest first; one that is no longer empty is someone else's now."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
