@@ -27,6 +27,8 @@ from bigray.tuning.sweep import Sweep
 
 BUDGET_WATCH_EVERY_S = 0.2
 
+AWS_KEYS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})
+
 
 def tune(
     job: JobSpec,
@@ -91,6 +93,7 @@ def _run_sweep(run: LiveRun, search: SearchSpec, budget: Budget | None) -> None:
 
     for name in ("ray.tune", "ray.train"):  # Tune's own tables and hints; bigray shows the same from its journal
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    keep_keys_private()
     board = run.groups.switchboard
     is_used_up = threading.Event()
     searcher = LegSearcher(
@@ -126,6 +129,17 @@ def _run_sweep(run: LiveRun, search: SearchSpec, budget: Budget | None) -> None:
         ).fit()
     ask(board.check_storage.remote())
     searcher.raise_failure()
+
+
+def keep_keys_private() -> None:
+    """Keep the driver's AWS credentials out of the runtime environment of Tune's actors (driver).
+
+    Ray 2.60 copies them there, and its agent writes every runtime environment into a log, in clear. These actors read
+    no storage; whoever does has the credentials of its own node.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_KEYS)
 
 
 def _make_sweep(run: LiveRun, search: SearchSpec) -> Sweep:
