@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from bigray.host_memory import fields_of
-from bigray.training.allocator import blocks_from_the_system
+from bigray.training.allocator import blocks_from_the_system, give_back_free_memory
 
 _SAMPLE_EVERY_S = 0.002
 _STATUS = Path("/proc/self/status")
@@ -23,7 +21,8 @@ def peak_growth_bytes(work: Callable[[], None]) -> int:
     and can miss a short peak. Pages of mapped files that the kernel takes back meanwhile are counted as a rise: where
     memory is short, the libraries' own would hide one.
     """
-    _give_back_free_memory()
+    gc.collect()  # what is freed meanwhile would hide a rise
+    give_back_free_memory()  # and what is used again would not show as one
     before, files_before = _status_bytes("VmRSS"), _file_bytes()
     with blocks_from_the_system():
         peak = _peak_bytes(work)
@@ -38,14 +37,6 @@ def _peak_bytes(work: Callable[[], None]) -> int:
     with _Sampler() as sampler:
         work()
     return sampler.peak_bytes
-
-
-def _give_back_free_memory() -> None:
-    """Return to the system what was freed, and what is garbage: what is used again would not show as a rise, and what
-    is freed meanwhile would hide one (the first for glibc only)."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Sampler:
