@@ -37,7 +37,9 @@ class _Commands(TyperGroup):
         except Exception as error:
             if not _is_rays(error):
                 raise
-            console.print_error(ClusterError(_what_ray_failed_for(error, ctx)))
+            console.print_error(
+                ClusterError(f"Ray failed: {last_line(error)}; its logs are in /tmp/ray/session_latest")
+            )
             sys.exit(ClusterError.exit_code)
         except KeyboardInterrupt:
             console.say(f"interrupted{_how_to_go_on(ctx)}")
@@ -45,14 +47,6 @@ class _Commands(TyperGroup):
         except Terminated:
             console.say(f"told to end (SIGTERM){_how_to_go_on(ctx)}")
             sys.exit(EXIT_CODE)
-
-
-def _what_ray_failed_for(error: Exception, ctx: typer.Context) -> str:
-    from bigray.cluster.connect import lost_head
-
-    if (address := lost_head()) is not None:
-        return f"{address}: the head of the cluster is gone; start it, or join another{_how_to_go_on(ctx)}"
-    return f"Ray failed: {last_line(error)}; its logs are in /tmp/ray/session_latest"
 
 
 def _how_to_go_on(ctx: typer.Context) -> str:

@@ -72,7 +72,8 @@ def connect(address: str | None = None, *, is_lenient: bool = False) -> Iterator
     `is_lenient` joins also with a token that other users can read.
 
     Raises:
-        ClusterError: nothing answers at the address, it refuses the token, or others can read the token.
+        ClusterError: nothing answers at the address, it refuses the token, or others can read the token; or in the
+            block Ray has failed, and the cluster's head does not answer any more.
     """
     import ray
 
@@ -80,6 +81,12 @@ def connect(address: str | None = None, *, is_lenient: bool = False) -> Iterator
     connection = ensure_connected(address, is_lenient=is_lenient)
     try:
         yield connection
+    except ray.exceptions.RayError as error:
+        if (lost := _lost_head()) is None:
+            raise
+        raise ClusterError(
+            f"{lost}: the head of the cluster is gone; start it, or join another, and give the command again"
+        ) from error
     finally:
         if is_ours:
             ray.shutdown()
@@ -129,9 +136,6 @@ def prepare_environment(*, joining: bool) -> None:
     # address, which then fails: say it either way
     if not joining or has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if joining:
-        # of this process alone: when the head goes, Ray's C++ would print a line for each second of waiting for it
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from ray._private import auto_init_hook
     from ray._raylet import Config  # type: ignore[attr-defined]
 
@@ -140,12 +144,10 @@ def prepare_environment(*, joining: bool) -> None:
     auto_init_hook.enable_auto_connect = False
 
 
-def lost_head() -> str | None:
+def _lost_head() -> str | None:
     """The address of the cluster that this process has joined, where nothing answers at it any more."""
     import ray
 
-    if not ray.is_initialized():
-        return None
     address = str(ray.get_runtime_context().gcs_address)
     host, _, port = address.rpartition(":")
     try:

@@ -438,8 +438,9 @@ class Switchboard:
     async def nodes_gone(self, node_ids: list[str]) -> None:
         """These nodes cannot be reached any more: their workers are lost, though nothing has said so (Ray Train's
         controller)."""
-        members = [member for it in self._groups for member in it.roster.seated if member.node_id in node_ids]
-        for member in members:
+        # who waits there first: a spare of such a node would be given the seat of another
+        known = [member for it in self._groups for member in (*it.roster.waiting.values(), *it.roster.seated)]
+        for member in dict.fromkeys(member for member in known if member.node_id in node_ids):
             await self._lost_everywhere(member, "its node cannot be reached")
 
     async def push_all(self, events: list[Event]) -> None:

@@ -286,26 +286,3 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_interrupted(
     monkeypatch.setattr(interrupted, interrupt)
 
     assert _run(capsys, *command) == (130, "", told)
-
-
-def test_a_head_that_is_gone_is_told_instead_of_what_ray_raised(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise ray.exceptions.ActorUnavailableError("The actor is temporarily unavailable", None)
-
-    import ray
-
-    monkeypatch.setattr("bigray.workflow.read_files", fail)
-    monkeypatch.setattr("bigray.cluster.connect.lost_head", lambda: "head:6379")
-
-    assert _run(capsys, "train", "job.toml") == (
-        5,
-        "",
-        "error: head:6379: the head of the cluster is gone; start it, or join another; the same command goes on where "
-        "it stopped\n",
-    )
-    monkeypatch.setattr("bigray.cluster.connect.lost_head", lambda: None)
-    code, _, told = _run(capsys, "train", "job.toml")
-    assert code == 5
-    assert told.startswith("error: Ray failed: The actor None is unavailable")

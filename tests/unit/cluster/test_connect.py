@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bigray.cluster.connect import keep_stdout_for_results, lost_head
+from bigray.cluster.connect import connect, keep_stdout_for_results
+from bigray.errors import ClusterError
 
 
 def test_what_the_raylet_reports_goes_to_standard_error(
@@ -23,13 +24,19 @@ def test_what_the_raylet_reports_goes_to_standard_error(
     assert printed.err.count("a worker died") == 1
 
 
-def test_a_head_is_lost_where_nothing_answers_at_its_address_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_is_gone_is_told_instead_of_what_ray_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    assert lost_head() is None  # no cluster has been joined
+    failure = ray.exceptions.ActorUnavailableError("The actor is temporarily unavailable", None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
-        monkeypatch.setattr(ray, "is_initialized", lambda: True)
         monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
-        assert lost_head() is None
-    assert lost_head() == address
+        with pytest.raises(ray.exceptions.ActorUnavailableError), connect():
+            raise failure
+    with pytest.raises(ClusterError) as told, connect():
+        raise failure
+
+    assert str(told.value) == (
+        f"{address}: the head of the cluster is gone; start it, or join another, and give the command again"
+    )

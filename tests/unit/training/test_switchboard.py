@@ -1316,3 +1316,22 @@ def test_a_groups_members_are_told_by_rank_but_not_between_two_generations() -> 
         assert await board.members(0) == (first, third)
 
     _play(scenario)
+
+
+def test_a_spare_that_waits_on_a_node_that_is_gone_gets_no_seat_of_one_that_was_lost_there() -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, second = _worker(0), _worker(1, node="b")
+        await asyncio.gather(board.join(0, first), board.join(0, second))
+        spare = _joining(board, _spare(), None)  # on node b
+        survivor = _joining(board, first)  # its connection to the other broke
+        await _let_others_run()
+
+        await board.nodes_gone(["b"])
+        await _let_others_run()
+        assert not survivor.done(), "it would wait for a process that is not there"
+        replacement = await board.join(0, _worker(1, 300, node="c"))
+        assert replacement is not None
+        assert replacement[1].members == (first, _worker(1, 300, node="c"))
+        spare.cancel()
+
+    _play(scenario)
