@@ -42,6 +42,8 @@ OPTIONS = FLAGS | NUMBERS | TEXTS
 
 SETUP = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 HEAD, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
+CLOUDS = ("aws", "gcp")
+AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -94,7 +96,7 @@ def _setup_faults(document: Document, path: Path) -> Iterator[Fault]:
 
 
 def _missing_lists(document: Document) -> Iterator[Fault]:
-    cloud = provider_of(document) in ("aws", "gcp")
+    cloud = provider_of(document) in CLOUDS
     for key in (HEAD, WORKER):
         if not document.value.get(key):
             risk = ", with the dashboard open to all" if cloud and key == HEAD else ""
@@ -132,14 +134,30 @@ def _option_faults(document: Document, start: RayStart) -> Iterator[Fault]:
             yield document.fault(start.path, f"ray start {option} takes a whole number, found {value!r}")
     if "--block" in start.options:
         yield document.fault(start.path, "with --block `ray up` never comes to an end; leave it out")
-    v2 = start.environment.get("RAY_enable_autoscaler_v2")
-    if v2 not in (None, "1"):
+
+
+def _autoscaler_faults(document: Document, start: RayStart) -> Iterator[Fault]:
+    """`ray up` sets the autoscaler v2, and what the command itself sets goes before that.
+
+    Of machines that are there already, v2 starts none: it waits for a head among them, which only v1 enters into the
+    list (https://github.com/ray-project/ray/issues/59905, seen with Ray 2.60).
+    """
+    v2 = start.environment.get(AUTOSCALER_V2)
+    kind = provider_of(document)
+    if kind == "local" and at(document.value, ("provider", "coordinator_address")) is None:
+        if v2 != "0":
+            found = f"{AUTOSCALER_V2}={v2}" if v2 else f"no {AUTOSCALER_V2}=0"
+            yield document.fault(
+                start.path, f"{found}: the autoscaler v2 of `ray up` starts no worker of provider 'local'; export 0"
+            )
+    elif kind in CLOUDS and v2 not in (None, "1"):
         yield document.fault(
-            start.path, f"RAY_enable_autoscaler_v2={v2}, while `ray up` of this Ray starts the autoscaler v2; set 1"
+            start.path, f"{AUTOSCALER_V2}={v2}, while `ray up` of this Ray starts the autoscaler v2; set 1"
         )
 
 
 def _head_faults(document: Document, start: RayStart) -> Iterator[Fault]:
+    yield from _autoscaler_faults(document, start)
     options = start.options
     if "--head" not in options:
         yield document.fault(start.path, "the head's `ray start` lacks --head")

@@ -122,6 +122,12 @@ PLANTED = {
     "image of another Ray": ("ray:2.60.0-py311-gpu", "ray:2.49.2-py311-gpu", "image: rayproject", "not the"),
     "image of an old Python": ("ray:2.60.0-py311-gpu", "ray:2.60.0-py310-gpu", "image: rayproject", "Python 3.10"),
     "image without CUDA": ("ray:2.60.0-py311-gpu", "ray:2.60.0-py311", "image: rayproject", "without CUDA"),
+    "autoscaler v1": (
+        "autoscaler_v2=1",
+        "autoscaler_v2=0",
+        "- >-\n    export RAY_AUTH_MODE=token RAY",
+        "autoscaler v2",
+    ),
     "container without a name": ("  container_name: bigray\n", "", "docker:", "'container_name'"),
     "container with all rights": ("--ulimit nofile=65536:65536", "--privileged", "- --privileged", "whole machine"),
     "published port": ("--ulimit nofile=65536:65536", "-p 8265:8265", "- -p", "publishes a port"),
