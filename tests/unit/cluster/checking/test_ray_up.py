@@ -108,7 +108,7 @@ PLANTED = {
     "wrong autoscaling config": ("ray_bootstrap_config.yaml", "onprem.yaml", HEAD_STEP, "`ray up` writes"),
     "option misspelt": ("--dashboard-host", "--dashbord-host", HEAD_STEP, "did you mean '--dashboard-host'"),
     "port of letters": ("--num-gpus=0", "--num-gpus=none", HEAD_STEP, "a whole number"),
-    "autoscaler v2": ("autoscaler_v2=0; ul", "autoscaler_v2=1; ul", HEAD_STEP, "starts no worker of provider 'local'"),
+    "autoscaler v2": ("autoscaler_v2=0; ul", "autoscaler_v2=1; ul", HEAD_STEP, "never starts the last of worker_ips"),
     "autoscaler of ray up": (" RAY_enable_autoscaler_v2=0; ul", "; ul", f"{EXPORT} RAY_AUTH", "no RAY_enable_autosc"),
     "head reached on loopback": ("--num-gpus=0", "--node-ip-address=127.0.0.1", HEAD_STEP, "no worker reaches"),
     "head that blocks": ("--num-gpus=0", "--block", HEAD_STEP, "never comes to an end"),
