@@ -17,6 +17,8 @@ from bigray.specs import ScalingSpec
 
 UNITS = 10_000
 """Ray counts every resource in whole steps of 1e-4."""
+REPLICA_PREFIX = "SERVE_REPLICA::"
+"""Of the names of Serve's replicas, `REPLICA_ID_FULL_ID_STR_PREFIX` in Ray: to import Serve takes more than a second."""
 ACCELERATOR_LABEL, ACCELERATOR_RESOURCE = "ray.io/accelerator-type", "accelerator_type:"
 
 
@@ -259,9 +261,8 @@ def connected_capacity(application: str | None = None) -> Capacity:
 def _replicas_by_node(application: str | None) -> Counter[str]:
     """Live replicas of an application of Ray Serve, or of all of them, by the node they run on."""
     from ray._private.state import actors
-    from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
 
-    prefix = REPLICA_ID_FULL_ID_STR_PREFIX + (f"{application}#" if application is not None else "")
+    prefix = REPLICA_PREFIX + (f"{application}#" if application is not None else "")
     alive: dict[str, dict[str, Any]] = actors(actor_state_name="ALIVE")
     return Counter(actor["Address"]["NodeID"] for actor in alive.values() if actor["Name"].startswith(prefix))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bigray.cluster.capacity import (
+    REPLICA_PREFIX,
     Bundle,
     Capacity,
     Node,
@@ -119,3 +120,9 @@ def test_cuda_visible_devices_says_how_many_gpus_this_machine_lends(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert local_capacity().gpus == count
+
+
+def test_replicas_are_named_as_ray_names_them() -> None:
+    from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
+
+    assert REPLICA_PREFIX == REPLICA_ID_FULL_ID_STR_PREFIX
