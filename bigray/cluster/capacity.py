@@ -18,7 +18,7 @@ from bigray.specs import ScalingSpec
 UNITS = 10_000
 """Ray counts every resource in whole steps of 1e-4."""
 REPLICA_PREFIX = "SERVE_REPLICA::"
-"""Of the names of Serve's replicas, `REPLICA_ID_FULL_ID_STR_PREFIX` in Ray: to import Serve takes more than a second."""
+"""Of the names of Serve's replicas, Ray's `REPLICA_ID_FULL_ID_STR_PREFIX`: to import Serve takes more than a second."""
 ACCELERATOR_LABEL, ACCELERATOR_RESOURCE = "ray.io/accelerator-type", "accelerator_type:"
 
 
