@@ -10,6 +10,7 @@ from pathlib import Path
 from bigray.host_memory import fields_of
 from bigray.training.allocator import blocks_from_the_system, give_back_free_memory
 
+_MOST_COLLECTIONS = 5
 _SAMPLE_EVERY_S = 0.002
 _STATUS = Path("/proc/self/status")
 
@@ -21,13 +22,20 @@ def peak_growth_bytes(work: Callable[[], None]) -> int:
     and can miss a short peak. Pages of mapped files that the kernel takes back meanwhile are counted as a rise: where
     memory is short, the libraries' own would hide one.
     """
-    gc.collect()  # what is freed meanwhile would hide a rise
+    _collect_garbage()  # what is freed meanwhile would hide a rise
     give_back_free_memory()  # and what is used again would not show as one
     before, files_before = _status_bytes("VmRSS"), _file_bytes()
     with blocks_from_the_system():
         peak = _peak_bytes(work)
     taken_back = max(0, files_before - _file_bytes())
     return max(0, peak + taken_back - before)
+
+
+def _collect_garbage() -> None:
+    """Also what the finalizers of garbage make garbage of."""
+    for _ in range(_MOST_COLLECTIONS):
+        if gc.collect() == 0:
+            return
 
 
 def _peak_bytes(work: Callable[[], None]) -> int:
