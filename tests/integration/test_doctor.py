@@ -21,7 +21,6 @@ from bigray.cluster.connect import prepare_environment
 TOKEN = "0123456789abcdef0123456789abcdef"
 WORKERS = 2
 TIMEOUT_S = 60.0
-BUDGET_S = 20.0
 """Of the doctor itself, on three nodes."""
 
 
@@ -108,7 +107,6 @@ def test_a_busy_cluster_is_examined_and_left_as_it_was(cluster: Any, tmp_path: P
     assert len(run.report["nodes"]) == WORKERS + 1
     assert run.of("gloo")[0]["what"].startswith("3 pairs")
     assert "dashboard" in run.of("ports")[0]["what"]
-    assert run.report["wall_s"] <= BUDGET_S
     assert os.listdir(tmp_path) == []
     deadline = time.monotonic() + 10
     while probes_alive():
@@ -183,4 +181,3 @@ def test_a_node_that_stands_still_is_a_finding(cluster: Any) -> None:
     assert run.code == 5
     assert (silent["status"], silent["node"] in run.report["nodes"]) == ("fail", True)
     assert [finding["status"] for finding in run.of("gloo")] == ["pass"]
-    assert run.report["wall_s"] <= BUDGET_S
