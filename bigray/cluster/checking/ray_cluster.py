@@ -8,6 +8,20 @@ from typing import Any, TypeGuard
 from bigray.cluster.checking.faults import Fault, Path
 from bigray.cluster.checking.yaml_file import Document
 
+CLOUDS = ("aws", "gcp")
+OTHER_PROVIDERS = (
+    "azure",
+    "aliyun",
+    "vsphere",
+    "spark",
+    "kuberay",
+    "external",
+    "readonly",
+    "fake_multinode",
+    "fake_multinode_docker",
+)
+"""Of those that make machines; `local` is for machines that are there."""
+
 
 def mapping(value: Any) -> dict[Any, Any]:
     """The value where it is a mapping, else an empty one."""

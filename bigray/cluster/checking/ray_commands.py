@@ -10,7 +10,7 @@ from typing import Any
 
 from bigray.cluster.checking.faults import Fault, Path
 from bigray.cluster.checking.nearest import unknown
-from bigray.cluster.checking.ray_cluster import at, mapping, node_types, provider_of
+from bigray.cluster.checking.ray_cluster import CLOUDS, OTHER_PROVIDERS, at, mapping, node_types, provider_of
 from bigray.cluster.checking.versions import pip_faults
 from bigray.cluster.checking.yaml_file import Document
 
@@ -42,7 +42,6 @@ OPTIONS = FLAGS | NUMBERS | TEXTS
 
 SETUP = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 HEAD, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
-CLOUDS = ("aws", "gcp")
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -134,25 +133,25 @@ def _option_faults(document: Document, start: RayStart) -> Iterator[Fault]:
             yield document.fault(start.path, f"ray start {option} takes a whole number, found {value!r}")
     if "--block" in start.options:
         yield document.fault(start.path, "with --block `ray up` never comes to an end; leave it out")
+    v2 = start.environment.get(AUTOSCALER_V2)
+    if v2 not in (None, "1") and provider_of(document) in (*CLOUDS, *OTHER_PROVIDERS):
+        yield document.fault(
+            start.path, f"{AUTOSCALER_V2}={v2}, while `ray up` of this Ray starts the autoscaler v2; set 1"
+        )
 
 
 def _autoscaler_faults(document: Document, start: RayStart) -> Iterator[Fault]:
-    """`ray up` sets the autoscaler v2, and what the command itself sets goes before that.
+    """Of a head among machines that are there: `ray up` sets the autoscaler v2, and what the command sets goes before.
 
-    Machines that are there already are of one kind, the head among them. The v2 of Ray 2.60 counts the head to those
+    Such machines are of one kind, the head among them. The v2 of Ray 2.60 counts the head to those
     that `min_workers` asks for, and never starts the last machine (tests/hosts/test_ray_up.py with v2); v1 does.
     """
     v2 = start.environment.get(AUTOSCALER_V2)
-    kind = provider_of(document)
-    if kind == "local" and at(document.value, ("provider", "coordinator_address")) is None:
-        if v2 != "0":
-            found = f"{AUTOSCALER_V2}={v2}" if v2 else f"no {AUTOSCALER_V2}=0"
-            yield document.fault(
-                start.path, f"{found}: the autoscaler v2 of `ray up` never starts the last of worker_ips; export 0"
-            )
-    elif kind in CLOUDS and v2 not in (None, "1"):
+    is_managed = at(document.value, ("provider", "coordinator_address")) is not None
+    if provider_of(document) == "local" and not is_managed and v2 != "0":
+        found = f"{AUTOSCALER_V2}={v2}" if v2 else f"no {AUTOSCALER_V2}=0"
         yield document.fault(
-            start.path, f"{AUTOSCALER_V2}={v2}, while `ray up` of this Ray starts the autoscaler v2; set 1"
+            start.path, f"{found}: the autoscaler v2 of `ray up` never starts the last of worker_ips; export 0"
         )
 
 

@@ -14,6 +14,7 @@ from bigray.cluster.checking.faults import Fault, Path
 from bigray.cluster.checking.literal_secrets import is_private, secrets
 from bigray.cluster.checking.nearest import nearest, unknown
 from bigray.cluster.checking.ray_cluster import (
+    OTHER_PROVIDERS,
     items,
     mapping,
     node_types,
@@ -40,19 +41,7 @@ PROVIDERS: dict[str, Fields | None] = {
         | dict.fromkeys(("cache_stopped_nodes", "use_internal_ips", "disable_node_updaters"), FLAG),
         ("region", "availability_zone", "project_id"),
     ),
-} | dict.fromkeys(
-    (
-        "azure",
-        "aliyun",
-        "vsphere",
-        "spark",
-        "kuberay",
-        "external",
-        "readonly",
-        "fake_multinode",
-        "fake_multinode_docker",
-    )
-)
+} | dict.fromkeys(OTHER_PROVIDERS)
 """The keys of `provider` by its type; None where bigray has no list of them."""
 
 DEEPER = ("security_group", "cloudwatch", "aws_credentials", "gcp_credentials")

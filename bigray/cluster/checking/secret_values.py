@@ -8,6 +8,7 @@ from bigray.cluster.secrets import SECRET_KEY, SECRET_VALUES, is_uri_with_secret
 
 _OPTION = re.compile(r"""(?:^|[\s'";])--?(?P<name>[A-Za-z][\w-]*)(?:=|\s+)['"]?(?P<value>[^\s'"]+)""")
 _ASSIGNED = re.compile(r"""\b(?P<name>[A-Za-z_]\w*)\s*[=:]\s*['"]?(?P<value>[^\s'"]+)""")
+_PASSWORD = re.compile(r"(?i)passw|passphrase|secret|credentials")
 _ECHOED = re.compile(r"(?:echo|printf)\s+(?!['\"]?\$)\S.*>+\s*\S*auth_token")
 
 
@@ -34,13 +35,16 @@ def secret_in(text: str) -> str | None:
         return "an address with a key in it"
     for pattern in (_OPTION, _ASSIGNED):
         for name, value in pattern.findall(text):
-            if SECRET_KEY.search(name) and _is_value(value):
+            if (SECRET_KEY.search(name) or name.lower().endswith("credentials")) and _is_value(value, name):
                 return f"the value of {name}"
     return "a token" if _ECHOED.search(text) else None
 
 
-def _is_value(text: str) -> bool:
-    """Not a number or a word of settings, nor a reference: a variable, a command's output, a path, a placeholder."""
-    if re.fullmatch(r"[\d._,]+|true|false|none|null", text, re.IGNORECASE):
+def _is_value(text: str, name: str) -> bool:
+    """Not a word of settings, nor a reference: a variable, a command's output, a path, a placeholder. A number may be a
+    count of tokens, and a password."""
+    if re.fullmatch(r"true|false|none|null", text, re.IGNORECASE):
         return False
-    return len(text) >= 3 and not text.startswith(("$", "/", "~", "<", "`", "{", "-"))
+    if re.fullmatch(r"[\d._,]+", text) and not _PASSWORD.search(name):
+        return False
+    return not text.startswith(("$", "/", "~", "<", "`", "{", "-"))

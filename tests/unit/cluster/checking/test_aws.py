@@ -122,6 +122,12 @@ PLANTED = {
     "image of another Ray": ("ray:2.60.0-py311-gpu", "ray:2.49.2-py311-gpu", "image: rayproject", "not the"),
     "image of an old Python": ("ray:2.60.0-py311-gpu", "ray:2.60.0-py310-gpu", "image: rayproject", "Python 3.10"),
     "image without CUDA": ("ray:2.60.0-py311-gpu", "ray:2.60.0-py311", "image: rayproject", "without CUDA"),
+    "autoscaler v1 on a worker": (
+        "RAY_AUTH_MODE=token; ul",
+        "RAY_AUTH_MODE=token RAY_enable_autoscaler_v2=0; ul",
+        "- >-\n    export RAY_AUTH_MODE=token RAY_enable_autoscaler_v2=0",
+        "autoscaler v2",
+    ),
     "autoscaler v1": (
         "autoscaler_v2=1",
         "autoscaler_v2=0",

@@ -62,6 +62,8 @@ def test_what_cannot_be_read_is_one_fault(tmp_path: Path) -> None:
         "export RAY_AUTH_TOKEN=abc123; ray start",
         "ray start --redis-password=hunter2",
         "ray start --redis-password hunter2",
+        "ray start --redis-password 12345",
+        "login --credentials abc",
         'pip install x; HF_TOKEN="abc" python y.py',
         "aws_secret_access_key = wJalrXUtnFEMI",
         "echo abc > ~/.ray/auth_token",
