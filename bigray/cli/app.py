@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bigray.serve.runner import Deployment
 
 
-GOES_ON = frozenset({"train", "tune", "run", "predict", "resume"})
+GOES_ON = frozenset({"train", "tune", "run", "predict", "resume", "compress"})
 """Commands that leave on storage what they have done, for the next time."""
 
 

@@ -278,12 +278,12 @@ def _node(node: dict[str, Any], free: dict[str, float], replicas: int, has_drive
         object_store_bytes=resources.get("object_store_memory", math.inf),
         replicas=replicas,
         has_driver=has_driver,
-        name=_name_of(node),
+        name=name_of(node),
         accelerator=accelerator_of(node.get("Labels") or {}, resources),
     )
 
 
-def _name_of(node: dict[str, Any]) -> str:
+def name_of(node: dict[str, Any]) -> str:
     """Hosts have names of their own, but several nodes may be on one, as in a dry run."""
     return f"{node.get('NodeManagerHostname') or node.get('NodeManagerAddress') or ''} ({node['NodeID'][:6]})".lstrip()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigray.cluster.capacity import local_capacity
-from bigray.cluster.refusals import check_before_joining, explain, open_to_others, token_place
+from bigray.cluster.refusals import check_before_joining, explain, host_and_port, open_to_others, token_place
 from bigray.errors import ClusterError
 
 RAY_SETTINGS = {
@@ -148,10 +148,13 @@ def _lost_head() -> str | None:
     """The address of the cluster that this process has joined, where nothing answers at it any more."""
     import ray
 
+    if not ray.is_initialized():  # the block has left it by itself
+        return None
     address = str(ray.get_runtime_context().gcs_address)
-    host, _, port = address.rpartition(":")
+    place = host_and_port(address)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), HEAD_ANSWERS_S).close()
+        if place is not None:
+            socket.create_connection(place, HEAD_ANSWERS_S).close()
     except OSError:
         return address
     return None

@@ -106,7 +106,7 @@ def check_before_joining(address: str, patience_s: float, *, is_lenient: bool = 
         return
     _check_token(address, is_lenient=is_lenient)
     found = _found_here() if address == "auto" else address
-    place = _host_and_port(found)
+    place = host_and_port(found)
     if place is None:
         return
     _wait_for_listener(*place, found, patience_s)
@@ -136,7 +136,7 @@ def _found_here() -> str:
         raise ClusterError(explain(error, "auto")) from error
 
 
-def _host_and_port(address: str) -> tuple[str, int] | None:
+def host_and_port(address: str) -> tuple[str, int] | None:
     """None for 'auto', and for addresses with a scheme: those go another way."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +67,10 @@ def _other_nodes() -> dict[str, str]:
     """Name -> id of the nodes that this process is not on."""
     import ray
 
+    from bigray.cluster.capacity import name_of
+
     here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    return {f"{node['NodeManagerHostname']} ({node['NodeID'][:6]})": node["NodeID"] for node in nodes}
+    return {name_of(node): node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
 
 
 def _look(path: str, nodes: Mapping[str, str]) -> dict[str, bool]:
@@ -95,8 +96,13 @@ def _look(path: str, nodes: Mapping[str, str]) -> dict[str, bool]:
 
 def sees(path: str) -> bool:
     """Whether a file that another node wrote is there, at once or soon (node)."""
+    return shows(lambda: os.path.exists(path))
+
+
+def shows(is_there: Callable[[], bool]) -> bool:
+    """Whether something that another node wrote is there, at once or soon."""
     deadline = time.monotonic() + SHOWN_AFTER_S
-    while not os.path.exists(path):
+    while not is_there():
         if time.monotonic() > deadline:
             return False
         time.sleep(LOOK_AGAIN_S)

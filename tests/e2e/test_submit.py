@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import BIGRAY, free_port, only_json
+from tests.full_size import full_size
 from tests.integration.jobs import write_blobs
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef0123456789abcdef"
 pytestmark = pytest.mark.timeout(400)
-full_size = pytest.mark.skipif(os.environ.get("BIGRAY_FULL") != "1", reason="takes minutes; with BIGRAY_FULL=1")
 
 
 @dataclass(frozen=True)

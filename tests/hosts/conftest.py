@@ -1,15 +1,14 @@
 """Networks of real hosts, for tests that say so; skipped, with the reason, where they cannot be made."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.full_size import IS_FULL
 from tests.hosts.hosts import Network, why_there_can_be_none
 
 HERE = Path(__file__).parent
-IS_FULL = os.environ.get("BIGRAY_FULL") == "1"
 SMALL = ("test_hosts.py", "test_submit_two_hosts.py")
 """What runs without BIGRAY_FULL=1, too: minutes rather than half an hour."""
 

@@ -13,7 +13,7 @@ import pytest
 from bigray.loading import load_job
 from bigray.paths import RunPaths
 from bigray.storage import open_storage
-from tests.hosts.conftest import IS_FULL
+from tests.full_size import full_size
 from tests.hosts.hosts import Network
 from tests.hosts.ray_hosts import RayHosts
 from tests.hosts.runs import Run, wait_for_no_workers, workers_on
@@ -21,7 +21,6 @@ from tests.integration.jobs import last_weights, weights_of_one_process
 
 DIGITS = "examples/digits/job.toml"
 EPOCHS = 3
-full_size = pytest.mark.skipif(not IS_FULL, reason="takes minutes; with BIGRAY_FULL=1")
 pytestmark = pytest.mark.timeout(300)
 
 

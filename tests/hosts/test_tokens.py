@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.conftest import IS_FULL
 from tests.hosts.hosts import Network
 from tests.hosts.ray_hosts import DASHBOARD_PORT, GCS_PORT, RayHosts
 from tests.hosts.runs import write_job
@@ -34,7 +33,7 @@ for method, path in (
     except urllib.error.HTTPError as error:
         print(method, path, error.code)
 """
-COMMANDS = ("train", "plan", "doctor", "submit", "jobs") if IS_FULL else ("train", "submit")
+COMMANDS = ("train", "plan", "doctor", "submit", "jobs")
 pytestmark = pytest.mark.timeout(200)
 
 

@@ -35,6 +35,7 @@ from bigray.errors import ClusterError
 from bigray.loading import load_job
 from bigray.paths import RunPaths
 from bigray.storage import open_storage
+from tests.full_size import full_size
 from tests.integration.jobs import last_weights, weights_of_one_process, write_blobs
 
 ROOT = Path(__file__).parents[2]
@@ -292,7 +293,7 @@ max_failures = 3
     return job
 
 
-@pytest.mark.skipif(os.environ.get("BIGRAY_FULL") != "1", reason="takes minutes; with BIGRAY_FULL=1")
+@full_size
 def test_training_goes_on_through_a_loss_a_join_and_a_preemption_with_the_same_weights(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:

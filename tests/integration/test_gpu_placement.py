@@ -22,13 +22,13 @@ from bigray.errors import GroupLost
 from bigray.specs import ScalingSpec
 from bigray.training.devices import backend_of
 from bigray.training.membership import Member, Place
+from tests.full_size import full_size
 from tests.integration.jobs import make_job
 from tests.integration.raylets import ray_cluster
 
 PATIENCE_S = 90.0
 TYPES = ("A100", "T4")
 pytestmark = pytest.mark.timeout(400)
-full_size = pytest.mark.skipif(os.environ.get("BIGRAY_FULL") != "1", reason="takes minutes; with BIGRAY_FULL=1")
 
 
 class Board:

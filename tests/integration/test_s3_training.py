@@ -5,7 +5,6 @@ With BIGRAY_FULL=1 only: an outage has to last longer than a run is patient.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from bigray.training.commands import Event
 from bigray.training.runner import train
 from bigray.tuning.runner import tune
 from bigray.workflow import Asked, check_holdout, request_of
+from tests.full_size import full_size
 from tests.integration.jobs import last_weights, make_job
 from tests.integration.s3_faults import FaultyProxy, moto_server
 from tests.integration.test_tuning import make_search
@@ -37,7 +37,7 @@ OUTAGE_S = 60.0
 """Shorter than a run is patient."""
 EPOCHS = 40
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("BIGRAY_FULL") != "1", reason="takes minutes; set BIGRAY_FULL=1"),
+    full_size,
     pytest.mark.timeout(1200),
 ]
 

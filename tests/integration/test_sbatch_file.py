@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.full_size import full_size
+
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "cluster/slurm/bigray.sbatch"
 TIMEOUT_S = 150.0
-full_size = pytest.mark.skipif(os.environ.get("BIGRAY_FULL") != "1", reason="takes minutes; with BIGRAY_FULL=1")
 
 SLURM = {
     "scontrol": """

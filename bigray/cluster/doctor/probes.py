@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bigray.cluster.doctor.facts import DoorFacts, NodeFacts, RingPlace, TokenFacts
 from bigray.cluster.doctor.ports import Door, knock
 from bigray.cluster.doctor.rings import Seat, open_store, time_ring, without_source
-from bigray.cluster.shared_storage import LOOK_AGAIN_S, SHOWN_AFTER_S, missing_folders, remove_folders
+from bigray.cluster.shared_storage import missing_folders, remove_folders, shows
 from bigray.storage import Storage, sha256
 
 if TYPE_CHECKING:
@@ -235,9 +235,4 @@ def write_file(storage: Storage, name: str, data: bytes) -> str:
 
 def read_file(storage: Storage, name: str) -> str | None:
     """The hash of a file that another node wrote; None where it does not show (node or driver)."""
-    deadline = time.monotonic() + SHOWN_AFTER_S
-    while storage.file_size(name) is None:
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(LOOK_AGAIN_S)
-    return sha256(storage.read_bytes(name))
+    return sha256(storage.read_bytes(name)) if shows(lambda: storage.file_size(name) is not None) else None

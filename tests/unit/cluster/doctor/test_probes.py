@@ -94,7 +94,7 @@ def test_folders_of_a_write_that_failed_do_not_stay(tmp_path: Path) -> None:
 
 
 def test_a_file_that_no_one_wrote_here_has_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigray.cluster.doctor.probes.SHOWN_AFTER_S", 0.0)
+    monkeypatch.setattr("bigray.cluster.shared_storage.SHOWN_AFTER_S", 0.0)
 
     assert read_file(open_storage(tmp_path), "probe") is None
 
