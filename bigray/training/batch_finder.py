@@ -33,6 +33,7 @@ from bigray.training.memory import peak_growth_bytes
 from bigray.training.optimization import make_optimizer, make_scaler
 from bigray.training.recomputation import recompute_blocks
 from bigray.training.tasks import load_task, sample_losses
+from bigray.training.tensor_memory import TensorMemory
 
 GPU_SHARE = 0.9
 """Of the GPU's free memory; the rest is for fragmentation."""
@@ -193,8 +194,8 @@ class _TrialCopy:
     def step(self, rows: int) -> None:
         """Forward, backward and optimizer step on the first `rows` rows."""
         device, precision = self._worker.device, self._spec.precision
-        x = torch.from_numpy(self._data.x_train[:rows].copy()).to(device)
-        y = torch.from_numpy(self._data.y_train[:rows].copy()).to(device)
+        x = torch.tensor(self._data.x_train[:rows], device=device)
+        y = torch.tensor(self._data.y_train[:rows], device=device)
         self._module.train()
         autocast = self._spec.strategy == "ddp" and precision in LOW_PRECISION
         with torch.autocast(device.type, dtype=LOW_PRECISION.get(precision, torch.bfloat16), enabled=autocast):
@@ -215,7 +216,11 @@ class _TrialCopy:
 
 
 class _CpuMeter:
-    """Resident memory that a step takes above the model. Not what stays after it: libraries keep a little a shape."""
+    """Resident memory that a step takes above the model. Not what stays after it: libraries keep a little a shape.
+
+    No less than its tensors take: what others in this process free meanwhile, and free memory within the heap that the
+    step uses again, hide a part of the rise.
+    """
 
     def __init__(self, device: torch.device, workers_here: int) -> None:
         self._workers_here = workers_here
@@ -225,7 +230,9 @@ class _CpuMeter:
 
     def peak_bytes(self, step: Callable[[], None]) -> float:
         try:
-            return peak_growth_bytes(step)
+            with (tensors := TensorMemory()):
+                growth = peak_growth_bytes(step)
+            return max(growth, tensors.peak_bytes)
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # the CPU allocator has no exception of its own
                 raise

@@ -26,6 +26,9 @@ class TrainTo:
     """The stack that holds the trial's newest state, where it was trained in one and has no later checkpoint."""
     time_a_row: bool = False
     """Tell in the end how long a prediction of one row takes: it may decide between finalists."""
+    keep_begin: bool = False
+    """Keep the checkpoint it begins from, as one of `keep.last`, until the next command: another trial may take it
+    over (population based training)."""
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ class CheckpointSaver:
         self._resumed_from = step
 
     def keep(self, step: int | None) -> None:
-        """Keep the checkpoint of this step, where a command begins, as one of `keep.last` until the next such call.
+        """Keep the checkpoint of this step as one of `keep.last` until the next such call.
 
-        Another trial may take it over (population based training): what is saved in between makes room for itself.
+        What is saved in between makes room for itself (`TrainTo.keep_begin`).
         """
         self._kept, self._since_kept = step, []
 

@@ -391,9 +391,8 @@ class _CommandLoop:
         live = self._live_trial(command)
         training, hooks = live.training, live.hooks
         begins_at = training.progress
-        hooks.saver.keep(
-            begins_at.step if begins_at.step and not begins_at.batch and begins_at == hooks.saved else None
-        )
+        can_be_taken_over = begins_at.step > 0 and begins_at.batch == 0 and begins_at == hooks.saved
+        hooks.saver.keep(begins_at.step if command.keep_begin and can_be_taken_over else None)
         training.train_to(command.epoch)
         self.stopwatch.mark("save")
         if training.progress != hooks.saved and (self.is_first or command.trial.training.strategy == "fsdp"):

@@ -28,6 +28,8 @@ class Leg:
     """Of a probe: the lanes to time."""
     time_a_row: bool = False
     """As in `TrainTo`."""
+    keep_begin: bool = False
+    """As in `TrainTo`."""
     was_split: bool = False
     """Its trial ran out of memory before, and goes on in smaller passes: it is split once."""
 
@@ -46,7 +48,9 @@ class Leg:
 
     def alone(self, lane: int) -> TrainTo:
         """The command for one of its trials by itself."""
-        return TrainTo(self.trials[lane], self.epoch, self.take_over, self.stacks[lane], self.time_a_row)
+        return TrainTo(
+            self.trials[lane], self.epoch, self.take_over, self.stacks[lane], self.time_a_row, self.keep_begin
+        )
 
 
 @dataclass(frozen=True)

@@ -295,6 +295,7 @@ class Sweep:
             stacks=tuple(self._stack_of(trial) for trial in trials),
             take_over=None if is_stacked else advances[0].take_over,
             time_a_row=self._finalists is not None,
+            keep_begin=self._search.scheduler == "pbt",
             was_split=trials[0].trial_id in self._split,
         )
 

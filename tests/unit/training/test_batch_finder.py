@@ -124,6 +124,20 @@ def test_a_real_step_is_measured_and_a_larger_budget_takes_more_rows(make_trial:
     assert 2 * small < large < 80 * MB // 4000
 
 
+def test_memory_that_somebody_else_frees_during_a_step_hides_nothing_of_it() -> None:
+    meter = batch_finder._CpuMeter(ALONE.device, workers_here=1)
+    others: list[torch.Tensor] = []
+
+    def step() -> None:
+        others.clear()
+        torch.ones(30 * MB, dtype=torch.uint8)
+
+    meter.peak_bytes(step)  # what is loaded at the first step would count here
+    others.append(torch.ones(60 * MB, dtype=torch.uint8))
+
+    assert meter.peak_bytes(step) >= 30 * MB
+
+
 def test_the_search_draws_no_random_numbers_of_the_trial(make_trial: MakeTrial, blobs: TrainingArrays) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -227,6 +227,22 @@ def test_a_trial_takes_over_another_and_has_its_weights(group: Group, make_trial
     assert len(group.of("exploited")) == 1
 
 
+@pytest.mark.parametrize("keep_begin", [False, True])
+def test_the_checkpoint_a_command_begins_from_stays_where_it_may_be_taken_over_only(
+    group: Group, make_trial: MakeTrial, paths: RunPaths, keep_begin: bool
+) -> None:
+    """Else the newest stay: of two, one can be damaged."""
+    trial = make_trial(epochs=6, checkpoint_every_s=1e-6)
+    group.do(TrainTo(trial, 1))
+    begin = committed_steps(paths, trial.trial_id)[0]
+    group.do(TrainTo(trial, 6, keep_begin=keep_begin))
+
+    told = sorted(event.values["step"] for event in group.of("checkpoint"))
+    assert told[-2] > begin
+    expected = [told[-1], begin if keep_begin else told[-2]]
+    assert committed_steps(paths, trial.trial_id) == expected
+
+
 def test_a_source_that_is_not_there_is_told(group: Group, make_trial: MakeTrial) -> None:
     source, taker = _named(make_trial(), "source"), _named(make_trial(), "taker")
     with pytest.raises(TrainingFailed, match="no checkpoint of the end of epoch 2 to take over"):

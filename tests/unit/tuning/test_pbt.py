@@ -37,6 +37,13 @@ def test_who_takes_over_goes_on_under_a_name_of_its_own_and_the_old_one_ends() -
     assert len(at_the_end) == 8, "the population keeps its size"
 
 
+def test_what_a_leg_begins_from_is_kept_where_others_may_take_it_over_only() -> None:
+    others = Simulation(make_job(epochs=8), make_search(scheduler="asha", trials=8)).run()
+
+    assert all(leg.keep_begin for leg in _population().legs)
+    assert not any(leg.keep_begin for leg in others.legs)
+
+
 def test_settings_are_changed_within_the_space() -> None:
     simulation = _population()
 
