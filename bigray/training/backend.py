@@ -41,7 +41,8 @@ class _GroupBackend(Backend):  # type: ignore[misc]
 
 
 class _ElasticBackend(_GroupBackend):
-    """A worker lost with its node cannot be replaced in its place: the whole group starts again with what is left."""
+    """A worker lost with its node cannot be replaced in its place: the group goes on without it (`survivors`), or
+    starts again with what is left."""
 
     has_replica_groups = False
 

@@ -7,7 +7,7 @@ meanwhile, for which Ray Train waits in vain. A host that is off refuses a conne
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,22 @@ def unreachable_nodes() -> frozenset[str]:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return lost_among(nodes) if len(nodes) > 1 else frozenset()
+
+
+def gone_among(node_ids: Collection[str]) -> frozenset[str]:
+    """Of these nodes those that are gone: Ray says so, or they cannot be reached."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in node_ids]
+    reachable = {node["NodeID"] for node in alive} - (lost_among(alive) if alive else set())
+    return frozenset(node_ids) - reachable
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that are about to be taken away."""
+    from ray._private import state
+
+    return frozenset(state.state.get_draining_nodes())
 
 
 def lost_among(nodes: Sequence[Mapping[str, Any]]) -> frozenset[str]:

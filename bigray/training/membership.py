@@ -68,6 +68,8 @@ class Roster:
     """The current generation, by rank; some may be gone, or waiting for the next."""
     waiting: dict[tuple[str, int], Member] = field(default_factory=dict)
     gone: set[tuple[str, int]] = field(default_factory=set)
+    empty_slots: set[int] = field(default_factory=set)
+    """Nobody is waited for in these: Ray Train fills them again with the whole group only."""
 
     @property
     def is_broken(self) -> bool:
@@ -108,8 +110,13 @@ class Roster:
         """A process waits for a seat."""
         for other in self.superseded_by(member):
             self.lose(other)
+        if member.slot is not None and not self._knows(member):
+            self.empty_slots.clear()  # Ray Train has started the group again
         self.gone.discard(member.key)
         self.waiting[member.key] = member
+
+    def _knows(self, member: Member) -> bool:
+        return member in self.seated or member.key in self.waiting or member.key in self.gone
 
     def lose(self, member: Member) -> None:
         """A process has ended, or is not waited for any longer. Should it come all the same, it waits for a seat."""
@@ -120,7 +127,8 @@ class Roster:
         """Begin the next generation where every seat can be filled; returns its members by rank.
 
         None while the current one holds, or while someone has to be waited for. A spare helps survivors to go on, or
-        goes on alone; where Ray Train starts the whole group, its workers are waited for.
+        goes on alone; where Ray Train starts the whole group, its workers are waited for. Without a spare an empty slot
+        stays empty, and the generation is smaller.
         """
         if self.missing:
             return None
@@ -134,7 +142,7 @@ class Roster:
                 chosen.append(holders[slot])
             elif spares:
                 chosen.append(spares.pop(0))
-            else:
+            elif slot not in self.empty_slots:
                 return None
         if not chosen:
             return None

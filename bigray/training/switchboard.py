@@ -443,6 +443,17 @@ class Switchboard:
         for member in dict.fromkeys(member for member in known if member.node_id in node_ids):
             await self._lost_everywhere(member, "its node cannot be reached")
 
+    async def go_on_without(self, group: int, slots: list[int], node_ids: list[str]) -> None:
+        """The workers in these slots are lost with these nodes, and no others come for them: who is left goes on (Ray
+        Train's controller, of an elastic group)."""
+        it = self._groups[group]
+        it.roster.empty_slots.update(slots)
+        await self.nodes_gone(node_ids)
+        for member in it.roster.holders:
+            if member.slot in slots:
+                await self._lost_everywhere(member, "its node is gone")
+        await self._reseat(it)
+
     async def push_all(self, events: list[Event]) -> None:
         """Add events to the stream."""
         self._events += events

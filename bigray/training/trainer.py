@@ -9,7 +9,6 @@ import logging
 from typing import Any
 
 import ray
-from ray._private import state
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -20,7 +19,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from bigray.cluster.connect import is_embedded
 from bigray.training.barrier import NoBarrier
-from bigray.training.lost_nodes import selector_without, unreachable_nodes
+from bigray.training.lost_nodes import draining_nodes, selector_without, unreachable_nodes
+from bigray.training.survivors import GoOnWithoutLost, without_given_up
 
 logger = logging.getLogger(__name__)
 COORDINATOR_TIMEOUT_S = 5.0
@@ -53,8 +53,9 @@ class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        self._own = frozenset(worker.metadata.node_id for worker in worker_group_state.workers)
-        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        state_now = without_given_up(worker_group_state, worker_group_status)
+        self._own = frozenset(worker.metadata.node_id for worker in state_now.workers)
+        return super().make_decision_for_running_worker_group(state_now, worker_group_status)
 
     def _get_reserved_resources(self) -> Any:
         try:
@@ -63,7 +64,7 @@ class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
         except ray.exceptions.RayError as error:
             logger.warning("the size of the group stays as it is, Ray's coordinator does not answer: %s", error)
             return None
-        gone = (unreachable_nodes() | set(state.state.get_draining_nodes())) - self._own
+        gone = (unreachable_nodes() | draining_nodes()) - self._own
         return {node: resources for node, resources in reserved.items() if node not in gone}
 
 
@@ -99,9 +100,11 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]
     """Runs one worker group (driver thread)."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        usual = super()._create_default_callbacks()
-        wanted = _OnlyWhileWanted(self.train_loop_config["setup"].switchboard)
-        return [_WithoutBarrier(), wanted, _NotOnLostNodes(), *(it for it in usual if not isinstance(it, _NO_USE_FOR))]
+        setup = self.train_loop_config["setup"]
+        ours = [_WithoutBarrier(), _OnlyWhileWanted(setup.switchboard), _NotOnLostNodes()]
+        if self.scaling_config.elasticity_enabled:
+            ours.append(GoOnWithoutLost(setup.switchboard, setup.group, self.scaling_config.min_workers))
+        return [*ours, *(it for it in super()._create_default_callbacks() if not isinstance(it, _NO_USE_FOR))]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:

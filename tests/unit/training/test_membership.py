@@ -159,6 +159,51 @@ def test_a_spare_goes_on_alone_where_the_only_worker_is_lost() -> None:
     assert roster.seat() == (spare(),)
 
 
+def test_nobody_is_waited_for_in_an_empty_slot_and_the_generation_is_smaller() -> None:
+    roster, first, second = seated_pair()
+    roster.lose(first)
+    roster.arrive(second)
+    assert roster.seat() is None
+    roster.empty_slots.add(0)
+    assert roster.seat() == (second,)
+    roster.arrive(second)
+    assert roster.seat() == (second,), "and so is the next"
+
+
+def test_a_spare_sits_in_an_empty_slot() -> None:
+    roster, first, second = seated_pair()
+    roster.arrive(spare())
+    roster.lose(second)
+    roster.empty_slots.add(1)
+    roster.arrive(first)
+    assert roster.seat() == (first, spare())
+
+
+def test_one_that_was_taken_for_lost_has_its_slot_again_with_the_next_generation() -> None:
+    roster, first, second = seated_pair()
+    roster.lose(second)
+    roster.empty_slots.add(1)
+    roster.arrive(first)
+    assert roster.seat() == (first,)
+    roster.arrive(second)
+    assert roster.seat() is None
+    roster.arrive(first)
+    assert roster.seat() == (first, second)
+
+
+def test_no_slot_is_empty_where_the_whole_group_starts_again() -> None:
+    roster, first, second = seated_pair()
+    roster.lose(second)
+    roster.empty_slots.add(1)
+    roster.arrive(first)
+    roster.seat()
+    again = [worker(slot, pid=300 + slot) for slot in range(2)]
+    roster.arrive(again[0])
+    assert roster.seat() is None
+    roster.arrive(again[1])
+    assert roster.seat() == tuple(again)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_group_that_starts_again_at_any_size_supersedes_the_one_before(size: int) -> None:
     roster, first, second = seated_pair()
@@ -183,7 +228,7 @@ def test_whatever_happens_no_process_has_two_seats_and_only_waiting_ones_sit_dow
     num_seatings = 0
     for _ in range(300):
         alive = [*processes.values(), *spares]
-        match draw.choice(["arrive", "arrive", "arrive", "die", "give up", "restart"]):
+        match draw.choice(["arrive", "arrive", "arrive", "die", "give up", "empty", "restart"]):
             case "arrive":
                 roster.arrive(draw.choice(alive))
             case "die":
@@ -200,6 +245,8 @@ def test_whatever_happens_no_process_has_two_seats_and_only_waiting_ones_sit_dow
             case "give up":
                 for member in roster.missing if roster.is_broken else ():
                     roster.lose(member)
+            case "empty":
+                roster.empty_slots.add(draw.randrange(size))
             case "restart" if draw.random() < 0.1:
                 size = draw.randint(1, 4)
                 dead |= set(processes.values())

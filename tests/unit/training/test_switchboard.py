@@ -1335,3 +1335,41 @@ def test_a_spare_that_waits_on_a_node_that_is_gone_gets_no_seat_of_one_that_was_
         spare.cancel()
 
     _play(scenario)
+
+
+def test_an_elastic_group_goes_on_without_those_lost_with_their_node(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, second = _worker(0, node="b"), _worker(1)
+        await asyncio.gather(board.join(0, first), board.join(0, second))
+        result = asyncio.create_task(board.execute(0, command))
+        survivor = _joining(board, second)  # its connection to the other broke
+        await _let_others_run()
+        await board.go_on_without(0, [0], ["b"])
+
+        seat = await asyncio.wait_for(survivor, 1.0)
+        assert seat is not None
+        assert (seat[1].rank, seat[1].members) == (0, (second,))
+        events = await board.take_events(0.0)
+        assert [(event.kind, event.values.get("how")) for event in events] == [
+            ("lost", "its node cannot be reached"),
+            ("regrouped", None),
+        ]
+        assert events[1].values["workers"] == 1
+        result.cancel()
+
+    _play(scenario)
+
+
+def test_a_whole_group_that_comes_again_takes_the_place_of_who_went_on(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, second = _worker(0), _worker(1, node="b")
+        await asyncio.gather(board.join(0, first), board.join(0, second))
+        survivor = _joining(board, first)
+        await board.go_on_without(0, [1], ["b"])
+        await survivor
+
+        again = [_worker(slot, 300 + slot, node=node) for slot, node in enumerate("ac")]
+        seats = await asyncio.gather(*(board.join(0, member) for member in again))
+        assert all(seat is not None and seat[1].members == tuple(again) for seat in seats)
+
+    _play(scenario)

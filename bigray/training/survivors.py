@@ -1,0 +1,71 @@
+"""An elastic group that has lost a node goes on at once with the workers that are left (in Ray Train's controller).
+
+Ray Train would end those too and start the whole group again at the size that is left: the start of a process and its
+imports, for a group that has all it needs in memory. It is told here that a worker lost with its node has finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+from bigray.training.lost_nodes import draining_nodes, gone_among
+
+NODE_FOLLOWS_S = 0.5
+"""The processes of a host do not end in one instant: a worker may be seen to go before its node is."""
+LOOK_AGAIN_S = 0.2
+
+
+@dataclass
+class GivenUp(WorkerStatus):  # type: ignore[misc]
+    """Of a worker that was lost with its node, without which its group goes on."""
+
+
+class GoOnWithoutLost(WorkerGroupCallback):  # type: ignore[misc]
+    """Has the switchboard seat who is left, as long as they are enough.
+
+    Where another worker has failed too, Ray Train does what it always does: it starts the group again.
+    """
+
+    def __init__(self, switchboard: Any, group: int, min_workers: int) -> None:
+        self._switchboard, self._group, self._min_workers = switchboard, group, min_workers
+        self._workers: list[Any] = []
+        """By Ray Train's world rank, which is a worker's slot."""
+        self._given_up: set[int] = set()
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._workers, self._given_up = list(worker_group.get_workers()), set()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        failed = set(worker_group_status.errors) - self._given_up
+        if failed and self._are_enough_without(failed) and (gone := self._nodes_gone_under(failed)) is not None:
+            ray.get(self._switchboard.go_on_without.remote(self._group, sorted(failed), sorted(gone)))
+            self._given_up |= failed
+        for rank in self._given_up:
+            worker_group_status.worker_statuses[rank] = GivenUp(running=False)
+
+    def _are_enough_without(self, failed: Collection[int]) -> bool:
+        return len(self._workers) - len(self._given_up.union(failed)) >= self._min_workers
+
+    def _nodes_gone_under(self, failed: Collection[int]) -> frozenset[str] | None:
+        """Of these workers' nodes those that are gone; None where one is there and is to stay."""
+        nodes = {self._workers[rank].metadata.node_id for rank in failed} - draining_nodes()
+        deadline = time.monotonic() + NODE_FOLLOWS_S
+        while nodes - (gone := gone_among(nodes)):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(LOOK_AGAIN_S)
+        return gone
+
+
+def without_given_up(worker_group_state: Any, worker_group_status: Any) -> Any:
+    """The state of a worker group as it is without those that were given up."""
+    statuses = worker_group_status.worker_statuses
+    left = [it for rank, it in enumerate(worker_group_state.workers) if not isinstance(statuses.get(rank), GivenUp)]
+    return replace(worker_group_state, workers=left)

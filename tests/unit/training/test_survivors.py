@@ -1,0 +1,126 @@
+"""What Ray Train's controller is told of workers that were lost with their nodes; the cluster is a stand-in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
+
+from bigray.training import survivors
+from bigray.training.survivors import GoOnWithoutLost, without_given_up
+
+
+@dataclass
+class Board:
+    """Notes what it is told."""
+
+    told: list[tuple[int, list[int], list[str]]] = field(default_factory=list)
+
+    @property
+    def go_on_without(self) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: self.told.append(arguments))
+
+
+@pytest.fixture
+def gone(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The nodes that are gone."""
+    names: set[str] = set()
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(survivors, "draining_nodes", frozenset)
+    monkeypatch.setattr(survivors, "gone_among", lambda nodes: frozenset(names & set(nodes)))
+    monkeypatch.setattr(survivors, "NODE_FOLLOWS_S", 0.0)
+    return names
+
+
+WORKERS = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in ("a", "b", "c")]
+
+
+def watching(board: Board, min_workers: int = 1) -> GoOnWithoutLost:
+    """Three workers on three nodes."""
+    callback = GoOnWithoutLost(board, 7, min_workers)
+    callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: WORKERS))
+    return callback
+
+
+def poll(callback: GoOnWithoutLost, *failed: int) -> WorkerGroupPollStatus:
+    statuses = {
+        rank: WorkerStatus(running=rank not in failed, error=OSError("it died") if rank in failed else None)
+        for rank in range(len(WORKERS))
+    }
+    status = WorkerGroupPollStatus(statuses)
+    callback.after_worker_group_poll_status(status)
+    return status
+
+
+def test_a_worker_lost_with_its_node_is_no_error_and_the_others_are_seated_without_it(gone: set[str]) -> None:
+    board = Board()
+    callback = watching(board)
+    gone.add("b")
+    for _ in range(2):  # it is told once, and stays no error
+        status = poll(callback, 1)
+        assert not status.errors
+        assert not status.finished
+    assert board.told == [(7, [1], ["b"])]
+
+
+def test_a_group_without_the_lost_is_of_the_size_that_is_left(gone: set[str]) -> None:
+    callback = watching(Board())
+    gone.add("b")
+    state = WorkerGroupState(0.0, None, WORKERS, None)
+    assert without_given_up(state, poll(callback)).num_workers == 3
+    assert without_given_up(state, poll(callback, 1)).workers == [WORKERS[0], WORKERS[2]]
+
+
+def test_a_worker_that_dies_on_a_node_that_stays_is_ray_trains_matter(gone: set[str]) -> None:
+    board = Board()
+    assert set(poll(watching(board), 1).errors) == {1}
+    assert board.told == []
+
+
+def test_so_is_one_that_dies_with_one_that_is_lost(gone: set[str]) -> None:
+    board = Board()
+    gone.add("b")
+    assert set(poll(watching(board), 1, 2).errors) == {1, 2}
+    assert board.told == []
+
+
+def test_with_too_few_left_ray_train_waits_for_places(gone: set[str]) -> None:
+    board = Board()
+    callback = watching(board, min_workers=2)
+    gone.update("bc")
+    assert not poll(callback, 1).errors
+    assert set(poll(callback, 1, 2).errors) == {2}
+    assert board.told == [(7, [1], ["b"])]
+
+
+def test_a_node_that_is_being_drained_is_left_behind_and_its_other_workers_are_not_given_up(
+    gone: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Board()
+    monkeypatch.setattr(survivors, "draining_nodes", lambda: frozenset({"b"}))
+    assert not poll(watching(board), 1).errors
+    assert board.told == [(7, [1], [])]
+
+
+def test_a_group_that_is_started_again_is_whole(gone: set[str]) -> None:
+    callback = watching(Board())
+    gone.add("b")
+    poll(callback, 1)
+    callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: WORKERS))
+    gone.clear()
+    assert set(poll(callback, 1).errors) == {1}
+
+
+def test_the_group_has_finished_when_all_that_are_left_have(gone: set[str]) -> None:
+    callback = watching(Board())
+    gone.add("b")
+    poll(callback, 1)
+    status = WorkerGroupPollStatus({rank: WorkerStatus(running=False) for rank in range(3)})
+    callback.after_worker_group_poll_status(status)
+    assert status.finished
+    assert not status.errors
