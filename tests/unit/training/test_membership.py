@@ -243,8 +243,7 @@ def test_whatever_happens_no_process_has_two_seats_and_only_waiting_ones_sit_dow
                     processes[victim.slot] = worker(victim.slot, next(pids), size)
                     roster.arrive(processes[victim.slot])
             case "give up":
-                for member in roster.missing if roster.is_broken else ():
-                    roster.lose(member)
+                lose_the_missing(roster)
             case "empty":
                 roster.empty_slots.add(draw.randrange(size))
             case "restart" if draw.random() < 0.1:
@@ -257,6 +256,11 @@ def test_whatever_happens_no_process_has_two_seats_and_only_waiting_ones_sit_dow
         assert not dead & set(seated)
         num_seatings += bool(seated)
     assert num_seatings > 1
+
+
+def lose_the_missing(roster: Roster) -> None:
+    for member in roster.missing if roster.is_broken else ():
+        roster.lose(member)
 
 
 def seat_and_check(roster: Roster) -> tuple[Member, ...]:
