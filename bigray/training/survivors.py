@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 
 from bigray.training.lost_nodes import draining_nodes, gone_among
+from bigray.training.places import give_each_worker_its_own
 
 NODE_FOLLOWS_S = 0.5
 """The processes of a host do not end in one instant: a worker may be seen to go before its node is."""
@@ -37,15 +38,22 @@ class GoOnWithoutLost(WorkerGroupCallback):  # type: ignore[misc]
         self._switchboard, self._group, self._min_workers = switchboard, group, min_workers
         self._workers: list[Any] = []
         """By Ray Train's world rank, which is a worker's slot."""
+        self._places: Any = None
         self._given_up: set[int] = set()
 
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        give_each_worker_its_own()
+
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._workers, self._given_up = list(worker_group.get_workers()), set()
+        state = worker_group.get_worker_group_state()
+        self._workers, self._places, self._given_up = state.workers, state.placement_group_handle, set()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         failed = set(worker_group_status.errors) - self._given_up
         if failed and self._are_enough_without(failed) and (gone := self._nodes_gone_under(failed)) is not None:
             ray.get(self._switchboard.go_on_without.remote(self._group, sorted(failed), sorted(gone)))
+            for rank in failed:
+                self._places.let_go(self._workers[rank].placement_group_bundle_index)
             self._given_up |= failed
         for rank in self._given_up:
             worker_group_status.worker_statuses[rank] = GivenUp(running=False)

@@ -101,10 +101,13 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         setup = self.train_loop_config["setup"]
-        ours = [_WithoutBarrier(), _OnlyWhileWanted(setup.switchboard), _NotOnLostNodes()]
-        if self.scaling_config.elasticity_enabled:
-            ours.append(GoOnWithoutLost(setup.switchboard, setup.group, self.scaling_config.min_workers))
-        return [*ours, *(it for it in super()._create_default_callbacks() if not isinstance(it, _NO_USE_FOR))]
+        usual = [it for it in super()._create_default_callbacks() if not isinstance(it, _NO_USE_FOR)]
+        about_nodes = (
+            GoOnWithoutLost(setup.switchboard, setup.group, self.scaling_config.min_workers)
+            if self.scaling_config.elasticity_enabled
+            else _NotOnLostNodes()
+        )
+        return [_WithoutBarrier(), _OnlyWhileWanted(setup.switchboard), about_nodes, *usual]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:

@@ -37,14 +37,32 @@ def gone(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-WORKERS = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in ("a", "b", "c")]
+WORKERS = [
+    SimpleNamespace(metadata=SimpleNamespace(node_id=node), placement_group_bundle_index=bundle)
+    for node, bundle in (("a", 2), ("b", 0), ("c", 1))
+]
 
 
-def watching(board: Board, min_workers: int = 1) -> GoOnWithoutLost:
+@dataclass
+class Places:
+    """Notes what it is given back."""
+
+    given_back: list[int] = field(default_factory=list)
+
+    def let_go(self, bundle: int) -> None:
+        self.given_back.append(bundle)
+
+
+def watching(board: Board, min_workers: int = 1, places: Places | None = None) -> GoOnWithoutLost:
     """Three workers on three nodes."""
     callback = GoOnWithoutLost(board, 7, min_workers)
-    callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: WORKERS))
+    start(callback, places or Places())
     return callback
+
+
+def start(callback: GoOnWithoutLost, places: Places) -> None:
+    state = WorkerGroupState(0.0, places, WORKERS, None)
+    callback.after_worker_group_start(SimpleNamespace(get_worker_group_state=lambda: state))
 
 
 def poll(callback: GoOnWithoutLost, *failed: int) -> WorkerGroupPollStatus:
@@ -58,14 +76,15 @@ def poll(callback: GoOnWithoutLost, *failed: int) -> WorkerGroupPollStatus:
 
 
 def test_a_worker_lost_with_its_node_is_no_error_and_the_others_are_seated_without_it(gone: set[str]) -> None:
-    board = Board()
-    callback = watching(board)
+    board, places = Board(), Places()
+    callback = watching(board, places=places)
     gone.add("b")
     for _ in range(2):  # it is told once, and stays no error
         status = poll(callback, 1)
         assert not status.errors
         assert not status.finished
     assert board.told == [(7, [1], ["b"])]
+    assert places.given_back == [0], "Ray would look for another without a pause"
 
 
 def test_a_group_without_the_lost_is_of_the_size_that_is_left(gone: set[str]) -> None:
@@ -111,7 +130,7 @@ def test_a_group_that_is_started_again_is_whole(gone: set[str]) -> None:
     callback = watching(Board())
     gone.add("b")
     poll(callback, 1)
-    callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: WORKERS))
+    start(callback, Places())
     gone.clear()
     assert set(poll(callback, 1).errors) == {1}
 
