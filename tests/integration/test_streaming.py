@@ -6,7 +6,6 @@ With BIGRAY_FULL=1 the large set has 2 GB, by default a fifth of that; in memory
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,9 +21,10 @@ from bigray.bundle import ModelBundle
 from bigray.data.scratch import scratch_root
 from bigray.specs import JobSpec
 from bigray.training.runner import train
+from tests.full_size import IS_FULL, full_size
 from tests.integration.raylets import ray_cluster
 
-LARGE_BYTES = 2_000_000_000 if os.environ.get("BIGRAY_FULL") == "1" else 400_000_000
+LARGE_BYTES = 2_000_000_000 if IS_FULL else 400_000_000
 BUDGET_BYTES = 1_000_000_000
 NUM_COLUMNS = 64
 pytestmark = pytest.mark.timeout(600)
@@ -68,6 +68,7 @@ def two_nodes() -> Iterator[None]:
         yield
 
 
+@full_size
 @pytest.mark.usefixtures("two_nodes")
 def test_a_node_without_the_files_copies_them_once_and_takes_the_same_steps(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.parquet", 3000, 5)
@@ -86,7 +87,7 @@ def test_a_node_without_the_files_copies_them_once_and_takes_the_same_steps(tmp_
 
 
 @pytest.mark.usefixtures("four_cpu_ray")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=full_size), 2])
 def test_rows_from_disk_give_the_same_losses_and_weights_as_from_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

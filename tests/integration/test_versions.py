@@ -30,6 +30,7 @@ from bigray.serve.release.judge import JudgeLimits
 from bigray.serve.release.record import ChannelState
 from bigray.serve.rollout import Mode
 from bigray.serve.sample import write_sample_bundle
+from tests.full_size import full_size
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -213,6 +214,7 @@ def test_a_version_that_is_worse_is_refused_while_the_live_one_goes_on(endpoint,
     assert state_of(endpoint).live == live
 
 
+@full_size
 def test_a_version_in_replicas_of_its_own_takes_over_without_a_dropped_request(endpoint, bundles, spec, key):
     before = state_of(endpoint)
     (candidate,) = set(bundles) - {before.live.bundle}
