@@ -69,7 +69,7 @@ class Roster:
     waiting: dict[tuple[str, int], Member] = field(default_factory=dict)
     gone: set[tuple[str, int]] = field(default_factory=set)
     empty_slots: set[int] = field(default_factory=set)
-    """Nobody is waited for in these: Ray Train fills them again with the whole group only."""
+    """Nobody is waited for in these: Ray Train fills them again with the whole group only, and says so."""
 
     @property
     def is_broken(self) -> bool:
@@ -110,13 +110,8 @@ class Roster:
         """A process waits for a seat."""
         for other in self.superseded_by(member):
             self.lose(other)
-        if member.slot is not None and not self._knows(member):
-            self.empty_slots.clear()  # Ray Train has started the group again
         self.gone.discard(member.key)
         self.waiting[member.key] = member
-
-    def _knows(self, member: Member) -> bool:
-        return member in self.seated or member.key in self.waiting or member.key in self.gone
 
     def lose(self, member: Member) -> None:
         """A process has ended, or is not waited for any longer. Should it come all the same, it waits for a seat."""

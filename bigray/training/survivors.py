@@ -6,6 +6,7 @@ imports, for a group that has all it needs in memory. It is told here that a wor
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from bigray.training.lost_nodes import draining_nodes, gone_among
 from bigray.training.places import give_each_worker_its_own
 
+logger = logging.getLogger(__name__)
 NODE_FOLLOWS_S = 0.5
 """The processes of a host do not end in one instant: a worker may be seen to go before its node is."""
 LOOK_AGAIN_S = 0.2
@@ -31,7 +33,7 @@ class GivenUp(WorkerStatus):  # type: ignore[misc]
 class GoOnWithoutLost(WorkerGroupCallback):  # type: ignore[misc]
     """Has the switchboard seat who is left, as long as they are enough.
 
-    Where another worker has failed too, Ray Train does what it always does: it starts the group again.
+    Where a worker has failed on a node that stays, Ray Train does what it always does: it starts the group again.
     """
 
     def __init__(self, switchboard: Any, group: int, min_workers: int) -> None:
@@ -47,29 +49,44 @@ class GoOnWithoutLost(WorkerGroupCallback):  # type: ignore[misc]
     def after_worker_group_start(self, worker_group: Any) -> None:
         state = worker_group.get_worker_group_state()
         self._workers, self._places, self._given_up = state.workers, state.placement_group_handle, set()
+        ray.get(self._switchboard.starts_whole.remote(self._group))
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        failed = set(worker_group_status.errors) - self._given_up
-        if failed and self._are_enough_without(failed) and (gone := self._nodes_gone_under(failed)) is not None:
-            ray.get(self._switchboard.go_on_without.remote(self._group, sorted(failed), sorted(gone)))
-            for rank in failed:
+        failed = set(worker_group_status.errors)
+        try:
+            if failed - self._given_up:
+                self._give_up_nodes_of(failed - self._given_up)
+            for rank in failed & self._given_up:  # not before: who is being drained may still be saving
                 self._places.let_go(self._workers[rank].placement_group_bundle_index)
-            self._given_up |= failed
+        except Exception:  # to raise would end the group for good, and the cluster is in disorder just now
+            logger.exception("workers %s are left to Ray Train", sorted(failed - self._given_up))
         for rank in self._given_up:
             worker_group_status.worker_statuses[rank] = GivenUp(running=False)
 
-    def _are_enough_without(self, failed: Collection[int]) -> bool:
-        return len(self._workers) - len(self._given_up.union(failed)) >= self._min_workers
+    def _give_up_nodes_of(self, failed: Collection[int]) -> None:
+        """All workers there: the others will follow, and the size of the group is counted by nodes."""
+        nodes = {self._node_of(rank) for rank in failed}
+        lost = {rank for rank in range(len(self._workers)) if self._node_of(rank) in nodes}
+        if len(self._workers) - len(self._given_up | lost) < self._min_workers:
+            return
+        gone = _gone_of(nodes - draining_nodes())
+        if gone is not None:
+            ray.get(self._switchboard.go_on_without.remote(self._group, sorted(lost), sorted(gone)))
+            self._given_up |= lost
 
-    def _nodes_gone_under(self, failed: Collection[int]) -> frozenset[str] | None:
-        """Of these workers' nodes those that are gone; None where one is there and is to stay."""
-        nodes = {self._workers[rank].metadata.node_id for rank in failed} - draining_nodes()
-        deadline = time.monotonic() + NODE_FOLLOWS_S
-        while nodes - (gone := gone_among(nodes)):
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(LOOK_AGAIN_S)
-        return gone
+    def _node_of(self, rank: int) -> str:
+        node_id: str = self._workers[rank].metadata.node_id
+        return node_id
+
+
+def _gone_of(nodes: Collection[str]) -> frozenset[str] | None:
+    """These nodes where all of them are gone; None where one is there."""
+    deadline = time.monotonic() + NODE_FOLLOWS_S
+    while (gone := gone_among(nodes)) != frozenset(nodes):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(LOOK_AGAIN_S)
+    return gone
 
 
 def without_given_up(worker_group_state: Any, worker_group_status: Any) -> Any:

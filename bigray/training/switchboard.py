@@ -438,21 +438,28 @@ class Switchboard:
     async def nodes_gone(self, node_ids: list[str]) -> None:
         """These nodes cannot be reached any more: their workers are lost, though nothing has said so (Ray Train's
         controller)."""
-        # who waits there first: a spare of such a node would be given the seat of another
-        known = [member for it in self._groups for member in (*it.roster.waiting.values(), *it.roster.seated)]
-        for member in dict.fromkeys(member for member in known if member.node_id in node_ids):
-            await self._lost_everywhere(member, "its node cannot be reached")
+        # all of them before anybody is seated: one that waits there would be given the seat of another
+        for it in self._groups:
+            for member in dict.fromkeys((*it.roster.waiting.values(), *it.roster.seated)):
+                if member.node_id in node_ids:
+                    self._lose(it, member, "its node cannot be reached")
+        for it in self._groups:
+            await self._reseat(it)
 
-    async def go_on_without(self, group: int, slots: list[int], node_ids: list[str]) -> None:
-        """The workers in these slots are lost with these nodes, and no others come for them: who is left goes on (Ray
-        Train's controller, of an elastic group)."""
+    async def starts_whole(self, group: int) -> None:
+        """Ray Train has started the group, and every slot will be filled (Ray Train's controller)."""
+        self._groups[group].roster.empty_slots.clear()
+
+    async def go_on_without(self, group: int, slots: list[int], gone: list[str]) -> None:
+        """The workers in these slots are lost, and no others come for them: who is left goes on (Ray Train's
+        controller, of an elastic group).
+
+        `gone`: their nodes, but for those that are being drained: on these a worker may still be saving, and leaves its
+        seat by itself.
+        """
         it = self._groups[group]
         it.roster.empty_slots.update(slots)
-        await self.nodes_gone(node_ids)
-        for member in it.roster.holders:
-            if member.slot in slots:
-                await self._lost_everywhere(member, "its node is gone")
-        await self._reseat(it)
+        await self.nodes_gone(gone)
 
     async def push_all(self, events: list[Event]) -> None:
         """Add events to the stream."""

@@ -19,11 +19,18 @@ class TensorMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     (torch.distributed._tools.mem_tracker), by a weak reference to each storage.
     """
 
+    supports_higher_order_operators = True  # torch.cond and the like come as what they do
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._bytes = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """A model may compile parts of itself; without this torch would refuse."""
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

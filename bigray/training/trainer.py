@@ -6,9 +6,11 @@ Imports Ray Train, and no torch: the driver's threads and Ray Train's controller
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -20,6 +22,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from bigray.cluster.connect import is_embedded
 from bigray.training.barrier import NoBarrier
 from bigray.training.lost_nodes import draining_nodes, selector_without, unreachable_nodes
+from bigray.training.places import without_what_others_hold
 from bigray.training.survivors import GoOnWithoutLost, without_given_up
 
 logger = logging.getLogger(__name__)
@@ -45,16 +48,17 @@ class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
     twice ask for as many workers as before, and wait ten seconds for them each time.
     """
 
-    _own: frozenset[str] = frozenset()
-    """Nodes on which the group runs: those are given up by who watches them, not by a connection that is not made."""
+    _own: Counter[str] | None = None
+    """Workers of the running group by node: those nodes are given up by who watches them, not by a connection that is
+    not made. None where it does not run."""
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        self._own = frozenset()
+        self._own = None
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         state_now = without_given_up(worker_group_state, worker_group_status)
-        self._own = frozenset(worker.metadata.node_id for worker in state_now.workers)
+        self._own = Counter(worker.metadata.node_id for worker in state_now.workers)
         return super().make_decision_for_running_worker_group(state_now, worker_group_status)
 
     def _get_reserved_resources(self) -> Any:
@@ -64,8 +68,12 @@ class _ElasticSize(ElasticScalingPolicy):  # type: ignore[misc]
         except ray.exceptions.RayError as error:
             logger.warning("the size of the group stays as it is, Ray's coordinator does not answer: %s", error)
             return None
-        gone = (unreachable_nodes() | draining_nodes()) - self._own
-        return {node: resources for node, resources in reserved.items() if node not in gone}
+        gone = (unreachable_nodes() | draining_nodes()) - set(self._own or ())
+        there = {node: resources for node, resources in reserved.items() if node not in gone}
+        if self._own is None:  # what it held itself a moment ago may not count as free yet
+            return there
+        each = self.scaling_config._resources_per_worker_not_none
+        return without_what_others_hold(there, available_resources_per_node(), self._own, each)
 
 
 class _NotOnLostNodes(ControllerCallback):  # type: ignore[misc]

@@ -191,17 +191,11 @@ def test_one_that_was_taken_for_lost_has_its_slot_again_with_the_next_generation
     assert roster.seat() == (first, second)
 
 
-def test_no_slot_is_empty_where_the_whole_group_starts_again() -> None:
-    roster, first, second = seated_pair()
-    roster.lose(second)
+def test_a_slot_can_be_empty_before_anybody_has_come() -> None:
+    roster, first = Roster(), worker(0)
     roster.empty_slots.add(1)
     roster.arrive(first)
-    roster.seat()
-    again = [worker(slot, pid=300 + slot) for slot in range(2)]
-    roster.arrive(again[0])
-    assert roster.seat() is None
-    roster.arrive(again[1])
-    assert roster.seat() == tuple(again)
+    assert roster.seat() == (first,)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -20,10 +20,24 @@ class Board:
     """Notes what it is told."""
 
     told: list[tuple[int, list[int], list[str]]] = field(default_factory=list)
+    num_starts: int = 0
+    is_broken: bool = False
 
     @property
     def go_on_without(self) -> Any:
-        return SimpleNamespace(remote=lambda *arguments: self.told.append(arguments))
+        return SimpleNamespace(remote=self._tell)
+
+    def _tell(self, *arguments: Any) -> None:
+        if self.is_broken:
+            raise ray.exceptions.RayError("it does not answer")
+        self.told.append(arguments)
+
+    @property
+    def starts_whole(self) -> Any:
+        return SimpleNamespace(remote=self._start)
+
+    def _start(self, group: int) -> None:
+        self.num_starts += 1
 
 
 @pytest.fixture
@@ -53,22 +67,23 @@ class Places:
         self.given_back.append(bundle)
 
 
-def watching(board: Board, min_workers: int = 1, places: Places | None = None) -> GoOnWithoutLost:
-    """Three workers on three nodes."""
+def watching(
+    board: Board, min_workers: int = 1, places: Places | None = None, workers: list[SimpleNamespace] = WORKERS
+) -> GoOnWithoutLost:
     callback = GoOnWithoutLost(board, 7, min_workers)
-    start(callback, places or Places())
+    start(callback, places or Places(), workers)
     return callback
 
 
-def start(callback: GoOnWithoutLost, places: Places) -> None:
-    state = WorkerGroupState(0.0, places, WORKERS, None)
+def start(callback: GoOnWithoutLost, places: Places, workers: list[SimpleNamespace]) -> None:
+    state = WorkerGroupState(0.0, places, workers, None)
     callback.after_worker_group_start(SimpleNamespace(get_worker_group_state=lambda: state))
 
 
-def poll(callback: GoOnWithoutLost, *failed: int) -> WorkerGroupPollStatus:
+def poll(callback: GoOnWithoutLost, *failed: int, workers: list[SimpleNamespace] = WORKERS) -> WorkerGroupPollStatus:
     statuses = {
         rank: WorkerStatus(running=rank not in failed, error=OSError("it died") if rank in failed else None)
-        for rank in range(len(WORKERS))
+        for rank in range(len(workers))
     }
     status = WorkerGroupPollStatus(statuses)
     callback.after_worker_group_poll_status(status)
@@ -84,7 +99,7 @@ def test_a_worker_lost_with_its_node_is_no_error_and_the_others_are_seated_witho
         assert not status.errors
         assert not status.finished
     assert board.told == [(7, [1], ["b"])]
-    assert places.given_back == [0], "Ray would look for another without a pause"
+    assert set(places.given_back) == {0}, "Ray would look for another without a pause"
 
 
 def test_a_group_without_the_lost_is_of_the_size_that_is_left(gone: set[str]) -> None:
@@ -117,20 +132,37 @@ def test_with_too_few_left_ray_train_waits_for_places(gone: set[str]) -> None:
     assert board.told == [(7, [1], ["b"])]
 
 
-def test_a_node_that_is_being_drained_is_left_behind_and_its_other_workers_are_not_given_up(
+def test_a_node_that_is_being_drained_is_given_up_whole_and_each_worker_keeps_its_place_until_it_ends(
     gone: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board = Board()
+    """One of them may still be saving; the size of a group is counted by nodes."""
+    board, places = Board(), Places()
     monkeypatch.setattr(survivors, "draining_nodes", lambda: frozenset({"b"}))
-    assert not poll(watching(board), 1).errors
-    assert board.told == [(7, [1], [])]
+    workers = [*WORKERS, SimpleNamespace(metadata=SimpleNamespace(node_id="b"), placement_group_bundle_index=3)]
+    callback = watching(board, places=places, workers=workers)
+    status = poll(callback, 1, workers=workers)
+    assert not status.errors
+    assert board.told == [(7, [1, 3], [])]
+    assert places.given_back == [0]
+    assert without_given_up(WorkerGroupState(0.0, None, workers, None), status).workers == [workers[0], workers[2]]
+
+    poll(callback, 1, 3, workers=workers)
+    assert set(places.given_back) == {0, 3}
+
+
+def test_where_the_switchboard_does_not_answer_ray_train_starts_the_group_again(gone: set[str]) -> None:
+    board = Board(is_broken=True)
+    gone.add("b")
+    assert set(poll(watching(board), 1).errors) == {1}
 
 
 def test_a_group_that_is_started_again_is_whole(gone: set[str]) -> None:
-    callback = watching(Board())
+    board = Board()
+    callback = watching(board)
     gone.add("b")
     poll(callback, 1)
-    start(callback, Places())
+    start(callback, Places(), WORKERS)
+    assert board.num_starts == 2
     gone.clear()
     assert set(poll(callback, 1).errors) == {1}
 

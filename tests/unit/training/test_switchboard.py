@@ -1368,8 +1368,41 @@ def test_a_whole_group_that_comes_again_takes_the_place_of_who_went_on(command: 
         await board.go_on_without(0, [1], ["b"])
         await survivor
 
+        await board.starts_whole(0)
         again = [_worker(slot, 300 + slot, node=node) for slot, node in enumerate("ac")]
         seats = await asyncio.gather(*(board.join(0, member) for member in again))
         assert all(seat is not None and seat[1].members == tuple(again) for seat in seats)
+
+    _play(scenario)
+
+
+def test_a_worker_lost_before_it_came_is_not_waited_for_by_the_first_who_comes() -> None:
+    async def scenario(board: Switchboard) -> None:
+        await board.starts_whole(0)
+        await board.go_on_without(0, [1], ["b"])
+        seat = await asyncio.wait_for(board.join(0, _worker(0)), 1.0)
+        assert seat is not None
+        assert seat[1].members == (_worker(0),)
+
+    _play(scenario)
+
+
+def test_who_is_being_drained_leaves_its_seat_by_itself_and_the_others_save_before(command: TrainTo) -> None:
+    async def scenario(board: Switchboard) -> None:
+        first, second = _worker(0), _worker(1, node="b")
+        await asyncio.gather(board.join(0, first), board.join(0, second))
+        result = asyncio.create_task(board.execute(0, command))
+        await _let_others_run()
+        await board.drain(["b"])
+        await board.go_on_without(0, [1], [])  # its process has ended, and rank 0 is still writing
+        await _let_others_run()
+        assert not [event for event in await board.take_events(0.0) if event.kind == "lost"]
+
+        await board.yielded(0)
+        survivor = _joining(board, first)
+        seat = await asyncio.wait_for(survivor, 1.0)
+        assert seat is not None
+        assert seat[1].members == (first,)
+        result.cancel()
 
     _play(scenario)

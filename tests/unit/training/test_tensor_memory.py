@@ -59,3 +59,21 @@ def test_a_wrapper_counts_as_the_tensors_it_is_made_of(dtype: torch.dtype) -> No
 
     assert doubled.shape == (50 * KB,)
     assert tensors.peak_bytes == 2 * first.nbytes
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_model_that_compiles_a_part_of_itself_or_branches_on_its_data_is_measured(is_compiled: bool) -> None:
+    def double(rows: torch.Tensor) -> torch.Tensor:
+        return rows * 2
+
+    def branch(rows: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.cond(rows.sum() > 0, double, double, (rows,))
+        return result
+
+    part = torch.compile(double, fullgraph=True, backend="eager") if is_compiled else branch
+    rows = torch.ones(1000)
+    with TensorMemory() as tensors:
+        made = part(rows) + 1
+
+    assert made[0] == 3
+    assert tensors.peak_bytes >= rows.nbytes
