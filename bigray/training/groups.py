@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bigray.cluster.capacity import ACCELERATOR_LABEL, connected_capacity
+from bigray.cluster.capacity import ACCELERATOR_LABEL, Capacity, connected_capacity
 from bigray.data.dataset import Dataset
 from bigray.data.folds import Fold
 from bigray.errors import Preempted, last_line
@@ -314,10 +314,15 @@ def _stop(switchboard: Any, threads: Sequence[threading.Thread]) -> None:
 
 def _wait_for_places(free_cpus: float) -> None:
     """Until as many CPUs are free as before: Ray gives the places back a moment after the controllers have ended, and
-    the next run in this process would be told that there is no room. Not for long: others may have taken them."""
+    the next run in this process would be told that there is no room. Not for long: others may have taken them. Of a
+    cluster that has become smaller no more is expected than it has."""
     deadline = time.monotonic() + PLACES_TIMEOUT_S
-    while connected_capacity().free_cpus < free_cpus and time.monotonic() < deadline:
+    while not _are_back(free_cpus, connected_capacity()) and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def _are_back(free_cpus: float, now: Capacity) -> bool:
+    return now.free_cpus >= min(free_cpus, now.cpus)
 
 
 def _join(threads: Sequence[threading.Thread], timeout_s: float) -> None:

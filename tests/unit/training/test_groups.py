@@ -14,8 +14,9 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from bigray.cluster.capacity import Capacity, Node
 from bigray.specs import ScalingSpec
-from bigray.training.groups import _max_starts, is_a_death
+from bigray.training.groups import _are_back, _max_starts, is_a_death
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,13 @@ def test_a_group_on_a_cluster_that_can_grow_waits_as_long_as_a_node_takes_to_boo
 
     assert _max_starts(fixed, can_grow=False) < 10 < _max_starts(fixed, can_grow=True)
     assert _max_starts(elastic, can_grow=False) == _max_starts(elastic, can_grow=True)
+
+
+def test_the_end_of_a_run_waits_for_no_cpus_of_a_node_that_is_lost() -> None:
+    def cluster(*free: float) -> Capacity:
+        return Capacity(tuple(Node(cpus=2.0, gpus=0.0, free_cpus=it, free_gpus=0.0) for it in free))
+
+    assert not _are_back(4.0, cluster(2.0, 1.0))
+    assert _are_back(4.0, cluster(2.0, 2.0))
+    assert _are_back(4.0, cluster(2.0)), "the other node is gone"
+    assert _are_back(3.0, cluster(2.0, 1.0)), "somebody else held one before, too"
