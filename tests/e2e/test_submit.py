@@ -104,7 +104,7 @@ class Paced(nn.Module):
 
     def forward(self, inputs):
         if self.training:
-            time.sleep(float(Path(self.pace_file).read_text()))
+            time.sleep(float(Path(self.pace_file).read_text() or 0))  # empty while it is being written
         return self.layer(inputs)
 
 

@@ -63,7 +63,7 @@ def paced_mlp(input_shape: tuple[int, ...], num_outputs: int, pace_file: str, se
             if self.training:
                 if seen:
                     Path(seen, str(os.getpid())).touch()
-                time.sleep(float(Path(pace_file).read_text()))
+                time.sleep(float(Path(pace_file).read_text() or 0))  # empty while it is being written
             return x
 
     return nn.Sequential(Pace(), nn.Linear(input_shape[0], 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
