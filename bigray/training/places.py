@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray.train.v2._internal.execution.worker_group import worker_group
@@ -48,7 +48,7 @@ def _bundles(
 
 
 def _strategy(
-    placement_group: Sequence[PlacementGroup], placement_group_bundle_index: int
+    placement_group: Mapping[int, PlacementGroup], placement_group_bundle_index: int
 ) -> PlacementGroupSchedulingStrategy:
     return PlacementGroupSchedulingStrategy(placement_group[placement_group_bundle_index], 0)
 
@@ -92,12 +92,13 @@ class SeparatePlaces(PlacementGroupHandle):  # type: ignore[misc]
             self.let_go(bundle)
 
     def _take(self) -> bool:
+        if (nodes := self._nodes()) is None:
+            return False
         is_taken = False
         try:
-            nodes = self._nodes()
-            for number, (bundle, node) in enumerate(zip(self._bundles, nodes or (), strict=nodes is not None)):
+            for number, (bundle, node) in enumerate(zip(self._bundles, nodes, strict=True)):
                 self._places[number] = placement_group([bundle], bundle_label_selector=[{NODE_LABEL: node}])
-            is_taken = nodes is not None and _are_ready(self._places.values())
+            is_taken = _are_ready(self._places.values())
         finally:
             if not is_taken:
                 self.shutdown()
