@@ -31,7 +31,7 @@ def gone_among(node_ids: Collection[str]) -> frozenset[str]:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in node_ids]
-    reachable = {node["NodeID"] for node in alive} - (lost_among(alive) if alive else set())
+    reachable = {node["NodeID"] for node in alive} - lost_among(alive)
     return frozenset(node_ids) - reachable
 
 
@@ -44,7 +44,7 @@ def draining_nodes() -> frozenset[str]:
 
 def lost_among(nodes: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     """Of nodes as `ray.nodes()` tells of them, the ids of those that take no connection."""
-    with ThreadPoolExecutor(min(MOST_AT_ONCE, len(nodes))) as pool:
+    with ThreadPoolExecutor(MOST_AT_ONCE) as pool:  # it starts no more threads than there are nodes
         answers = list(pool.map(_takes_connections, nodes))
     return frozenset(node["NodeID"] for node, answers_here in zip(nodes, answers, strict=True) if not answers_here)
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 class TensorMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages of all tensors that operations in its `with` block make, forward and backward (one thread).
 
-    Less than what the work takes, since operations use memory of their own meanwhile, and never more: a floor under
-    a measure that other users of the process's memory can disturb. As torch's own tracker of a model's memory does
-    (torch.distributed._tools.mem_tracker), by a weak reference to each storage.
+    Less than what the work takes, since operations use memory of their own meanwhile, and more only by pages that are
+    never written: a floor under a measure that other users of the process's memory can disturb. As torch's own tracker
+    of a model's memory does (torch.distributed._tools.mem_tracker), by a weak reference to each storage.
     """
 
     supports_higher_order_operators = True  # torch.cond and the like come as what they do

@@ -125,8 +125,9 @@ def test_gpus_that_torch_lacks_and_an_interface_that_is_not_there_fail(cluster: 
 
     assert run.code == 5
     assert (gpus["status"], gpus["what"]) == ("fail", "Ray hands out 2 GPUs, torch.cuda sees 0")
-    untried = run.of("rings")
-    assert len(failed) == WORKERS + 1 or (failed and untried), "where no time is left for all, it says so"
+    # each of its pairs; where no time was left for one, on a busy machine, the report says for how many
+    num_untried = sum(int(finding["what"].split()[0]) for finding in run.of("rings"))
+    assert len(failed) <= WORKERS + 1 <= len(failed) + num_untried, run.report["findings"]
     assert all(gpus["node"] in finding["node"] for finding in failed), failed
     named = [finding for finding in failed if "nosuch0" in finding["what"]]
     assert named, "a pair whose second try was too slow, on a busy machine, tells of that instead"
