@@ -43,6 +43,8 @@ RESIZE_EVERY_S = 5.0
 SPARE_DELAY_S = 15.0
 """A short run does without a spare process: starting one would slow it more than it can save."""
 SPARE_WATCH_EVERY_S = 0.5
+SPARE_AGAIN_S = 2.0
+"""Between the end of a spare process and the next call to it; Ray refuses those to a process that is being started."""
 MAX_CONTROLLERS = 10
 """Deaths in a row, of Ray Train's controller or of workers while they start, before a group is given up."""
 SETTLED_AFTER_S = 60.0
@@ -271,20 +273,27 @@ def _watch_drains(switchboard: Any, is_over: threading.Event) -> None:
 
 
 def _keep_spare(setup: GroupSetup, is_over: threading.Event) -> None:
-    """Start a spare process for a run that lasts (a driver thread): its imports are seconds of a core."""
+    """Start a spare process for a run that lasts (a driver thread): its imports are seconds of a core.
+
+    One that ends is started again by Ray, on another node where its own is going away, and told to serve again here.
+    """
     from bigray.training.entry import Spare
 
     try:
         ray.get(setup.switchboard.all_seated.remote())
         if is_over.wait(SPARE_DELAY_S):
             return
-        spare = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Spare).remote()
+        spare = ray.remote(num_cpus=0, max_restarts=-1)(Spare).remote()
         while not is_over.is_set():
-            with contextlib.suppress(Preempted):
+            try:
                 _ask_until(is_over, spare.serve.remote(setup))
                 return
-            is_over.wait(SPARE_DELAY_S)  # its node is going away, and it is restarted on another
-    except ray.exceptions.RayError:  # it has served its time, or the run is being ended
+            except Preempted:  # Ray keeps a node that is drained until nothing is left on it
+                ray.kill(spare, no_restart=False)
+            except RayActorError:  # its process was lost
+                pass
+            is_over.wait(SPARE_AGAIN_S)
+    except ray.exceptions.RayError:  # the run is being ended
         return
 
 
