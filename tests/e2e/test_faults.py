@@ -21,9 +21,9 @@ from bigray.loading import load_job
 from bigray.training.checkpoint import read_checkpoint
 from bigray.training.runner import training_trials
 from tests.e2e.faults import Fault, paths_of, read_faults, table_of
+from tests.full_size import IS_FULL
 from tests.integration.jobs import last_weights, weights_of_one_process
 
-IS_FULL = os.environ.get("BIGRAY_FULL") == "1"
 NUM_FAULTS = 60 if IS_FULL else 4
 SEED = 3
 pytestmark = pytest.mark.timeout(4800 if IS_FULL else 400)

@@ -21,10 +21,11 @@ from bigray.journal import read_journal
 from bigray.paths import RunPaths
 from bigray.storage import open_storage
 from tests.e2e.conftest import BIGRAY, Run, only_json
+from tests.full_size import IS_FULL
 from tests.integration.jobs import write_blobs
 from tests.processes import descendants
 
-SEEDS = range(5) if os.environ.get("BIGRAY_FULL") == "1" else range(1)
+SEEDS = range(5) if IS_FULL else range(1)
 TITLES = {"worker": b"RayTrainWorker", "tune": b"ray::LegTrial", "controller": b"TrainController"}
 TRIALS = 12
 pytestmark = pytest.mark.timeout(900 if len(SEEDS) > 1 else 400)

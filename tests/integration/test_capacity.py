@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ from bigray.cluster.capacity import Capacity, connected_capacity
 from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, make_plan
 from bigray.errors import CapacityError
 from bigray.specs import JobSpec
+from tests.full_size import IS_FULL
 from tests.integration.raylets import ray_cluster
 
-EXAMPLES = 30 if os.environ.get("BIGRAY_FULL") else 6
+EXAMPLES = 30 if IS_FULL else 6
 ROWS = {"train": 70, "validation": 15, "holdout": 15}
 READY_TIMEOUT_S = 30.0
 REFUSED_FOR_S = 1.0

@@ -6,7 +6,6 @@ With BIGRAY_FULL=1 that is each of them; by default a few of each kind.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -22,9 +21,9 @@ import pytest
 from bigray.journal import Journal
 from bigray.storage import read_manifest
 from bigray.training.checkpoint import Checkpoint, load_checkpoint
+from tests.full_size import IS_FULL
 from tests.integration import checkpoint_process as process
 
-IS_FULL = os.environ.get("BIGRAY_FULL") == "1"
 pytestmark = pytest.mark.timeout(1800 if IS_FULL else 180)
 SYSCALLS = "openat,write,fsync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir"
 ACTIONS = {"a new step": ("save", "30"), "the same step again": ("save", "20"), "trim": ("trim",)}
