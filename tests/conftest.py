@@ -18,14 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(getattr(pytest.mark, folder))
 
 
-def pytest_collection_finish() -> None:
-    """Keep what is imported by now (torch, Ray) out of later garbage collections: a tenth of the time here."""
-    gc.freeze()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _without_what_is_there() -> None:
-    """As above, of what the modules before have left: half a second for each collection at the end of a long run."""
+    """Keep what is imported (torch, Ray), and what the modules before have left, out of later garbage collections: at
+    the end of a long run each would take half a second."""
     gc.collect()
     gc.freeze()
 
@@ -41,7 +37,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     Threads of Ray's, gRPC's, gloo's and the AWS client's outlive those who started them; `exit` destroys what they use.
     One whole run ended by a segmentation fault after all of its tests had passed.
     """
-    if config.option.collectonly or _EXIT_CODE not in config.stash:
+    if _EXIT_CODE not in config.stash:  # pytest was called wrongly, and nothing has begun
         return
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()

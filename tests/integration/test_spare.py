@@ -46,7 +46,8 @@ class Board:
             raise Preempted("its node is being drained")
         await self._end.wait()
 
-    async def waiting(self) -> list[int]:
+    async def came(self) -> list[int]:
+        """The pids of all that have waited, also of those that are gone."""
         return self._pids
 
     async def drain(self) -> None:
@@ -76,7 +77,7 @@ def spare_of_a_run(board: Any, folder: str) -> Iterator[None]:
 
 def wait_for_another(board: Any, known: list[int]) -> int:
     deadline = time.monotonic() + PATIENCE_S
-    while not (others := [pid for pid in ray.get(board.waiting.remote()) if pid not in known]):
+    while not (others := [pid for pid in ray.get(board.came.remote()) if pid not in known]):
         assert time.monotonic() < deadline, f"nobody came after {known}"
         time.sleep(0.1)
     return int(others[0])
