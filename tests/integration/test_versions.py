@@ -30,6 +30,7 @@ from bigray.serve.release.judge import JudgeLimits
 from bigray.serve.release.record import ChannelState
 from bigray.serve.rollout import Mode
 from bigray.serve.sample import write_sample_bundle
+from bigray.serve.steward import SILENT_S
 from tests.full_size import full_size
 
 pytestmark = pytest.mark.timeout(300)
@@ -265,8 +266,9 @@ def test_a_further_model_is_loaded_when_it_is_asked(endpoint, key):
             client.request("GET", "/v2/models/strangers/ready")
 
 
-def test_the_numbers_of_the_endpoint_are_those_of_its_replicas(endpoint, key):
+def test_the_numbers_of_the_endpoint_are_those_of_its_replicas_and_soon_of_no_killed_one(endpoint, key):
     with Client(endpoint.url, key=key) as client:
+        assert wait_for(lambda: len(client.stats()["replicas"]) == 1, timeout_s=SILENT_S + 5)
         stats = client.stats()
         metrics = client.send("GET", "/metrics").body.decode()
     assert [replica["live"] for replica in stats["replicas"]] == [state_of(endpoint).live.version]
