@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from tests.e2e.conftest import BIGRAY, free_port, only_json
 from tests.full_size import full_size
 from tests.integration.jobs import write_blobs
+from tests.waiting import wait_until
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
@@ -142,13 +143,6 @@ def arguments_of_a_small_job(folder: Path) -> list[str]:
     return ["examples/digits/job.toml", *options, *[word for setting in settings for word in ("--set", setting)]]
 
 
-def wait_for(condition: Callable[[], object], patience_s: float = 120.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.3)
-
-
 def has_trained(folder: Path, epochs: int) -> bool:
     """Whether the one run of the paced job has told of so many epochs."""
     text = "".join(file.read_text() for file in folder.glob("runs/paced-*/journal/*.jsonl"))
@@ -193,7 +187,7 @@ def test_a_job_that_is_stopped_has_a_checkpoint_and_goes_on_from_its_folder_alon
     submit = ("submit", "paced.toml", "--serve", "serve.yaml", "--id", "night", "--no-wait", "--json")
     started = head.bigray(project, *submit)
     assert started.returncode == 0, started.stderr
-    wait_for(lambda: has_trained(tmp_path, 5))
+    wait_until(lambda: has_trained(tmp_path, 5))
     assert only_json(head.bigray(project, *submit).stdout)["is_running"]
 
     stopped = head.bigray(project, "stop", "night")
@@ -217,7 +211,7 @@ def test_ctrl_c_leaves_the_job_running(head: Head, project: Path, tmp_path: Path
     command = [BIGRAY, "submit", "paced.toml", "--serve", "serve.yaml", "--address", head.dashboard, "--id", "left"]
     process = subprocess.Popen(command, cwd=project, env=head.environment, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: has_trained(tmp_path, 1) or process.poll() is not None)
+        wait_until(lambda: has_trained(tmp_path, 1) or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

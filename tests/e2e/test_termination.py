@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from bigray.training.checkpoint import committed_steps, read_checkpoint
 from bigray.training.runner import training_trials
 from tests.e2e.conftest import BIGRAY, Run, only_json, ray_processes
 from tests.integration.jobs import write_blobs
+from tests.waiting import wait_until
 
 PATIENCE_S = 120.0
 SIGNALS = {signal.SIGTERM: (143, "told to end (SIGTERM)"), signal.SIGINT: (130, "interrupted")}
@@ -90,7 +89,7 @@ def check_that_it_ends(job: Path, told: signal.Signals, before: set[int]) -> Non
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen([BIGRAY, "train", str(job), "--json"], env=clean, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: len(events_of(job, "epoch")) >= num_epochs or process.poll() is not None)
+        wait_until(lambda: len(events_of(job, "epoch")) >= num_epochs or process.poll() is not None)
         process.send_signal(told)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -98,7 +97,7 @@ def check_that_it_ends(job: Path, told: signal.Signals, before: set[int]) -> Non
     assert process.returncode == exit_code, errors
     assert errors.splitlines()[-1] == f"{line}; the same command goes on where it stopped"
     assert "Traceback" not in errors
-    wait_for(lambda: not ray_processes() - before)
+    wait_until(lambda: not ray_processes() - before)
 
 
 def check_the_checkpoint(job: Path) -> int:
@@ -108,10 +107,3 @@ def check_the_checkpoint(job: Path) -> int:
     told = max(event["step"] for event in events_of(job, "epoch", "resumed"))
     assert read_checkpoint(paths, trial, newest).progress.step == newest >= told
     return newest
-
-
-def wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not become so"
-        time.sleep(0.1)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tests.hosts import node_provider as asked
-from tests.hosts import processes
 from tests.hosts.hosts import Host, Network
 from tests.hosts.node_provider import HEAD
 from tests.hosts.ray_hosts import RayHosts
+from tests.waiting import wait_until
 
 WORKER = "worker"
 """The one kind of node that is launched."""
@@ -186,7 +186,7 @@ class AutoscaledHosts(RayHosts):
             return self.cloud.count(kind) >= count
 
         try:
-            processes.wait_until(have_happened, f"{count} x {kind}", timeout_s)
+            wait_until(have_happened, f"{count} x {kind}", timeout_s)
         except TimeoutError as late:
             raise TimeoutError(f"{late}: {self.cloud.history}\n{self.autoscaler_log()[-5000:]}") from None
 

@@ -30,6 +30,7 @@ from types import TracebackType
 from tests.hosts import links, processes
 from tests.hosts.first_process import Setup
 from tests.hosts.links import Link
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 TMP = Path("/tmp")
@@ -319,7 +320,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_for_the_end(host: Host) -> None:
-    processes.wait_until(lambda: not host.processes(), f"{host.name}: processes have not ended")
+    wait_until(lambda: not host.processes(), f"{host.name}: processes have not ended")
 
 
 def _write_lines(file: Path, lines: Sequence[str]) -> None:
@@ -364,7 +365,7 @@ def _remove_namespaces(number: int) -> None:
         processes.send(pids, signal.SIGKILL)
         return not pids
 
-    processes.wait_until(nobody_is_left, f"{names}: processes do not end")
+    wait_until(nobody_is_left, f"{names}: processes do not end")
     for name in names:
         links.ip("netns", "del", name)
 

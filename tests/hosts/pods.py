@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import kuberay, processes
+from tests.hosts import kuberay
 from tests.hosts.hosts import REPOSITORY, SHARED_MEMORY_MB, Host, Network
 from tests.hosts.kuberay import ClusterPlan, Mount, PodPlan, Secrets
+from tests.waiting import wait_until
 
 START_S = 180.0
 """Three pods share two cores while they start."""
@@ -156,7 +157,7 @@ class Pods:
         def answers() -> bool:
             return host.run(command, environment=environment(plan)).returncode == 0
 
-        processes.wait_until(answers, f"{plan.name}: {' '.join(command)} does not end well", START_S)
+        wait_until(answers, f"{plan.name}: {' '.join(command)} does not end well", START_S)
 
     def _wait_for(self, pod: Pod, kind: str) -> None:
         deadline = time.monotonic() + START_S

@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+from tests.waiting import wait_until
 
 PATIENCE_S = 15.0
 
@@ -114,19 +115,6 @@ def go_on(namespace: str) -> None:
     """Undo `pause`; `nsenter` and `unshare`, which are outside, stop themselves when their child is stopped."""
     stopped = list(alive_in(namespace))
     send(sorted({*stopped, *(parent for pid in stopped if (parent := _parent(pid)))}), signal.SIGCONT)
-
-
-def wait_until(is_so: Callable[[], bool], otherwise: str, timeout_s: float = PATIENCE_S) -> None:
-    """Ask again and again.
-
-    Raises:
-        TimeoutError: with `otherwise`.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        if time.monotonic() > deadline:
-            raise TimeoutError(otherwise)
-        time.sleep(0.02)
 
 
 def _all_pids() -> list[int]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.hosts import processes
 from tests.hosts.hosts import REPOSITORY, Host, Network
+from tests.waiting import wait_until
 
 GCS_PORT = 6379
 DASHBOARD_PORT = 8265
@@ -118,7 +118,7 @@ class RayHosts:
         def is_up_or_over() -> bool:
             return host.log("ray").count("Ray runtime started") > before or process.poll() is not None
 
-        processes.wait_until(is_up_or_over, f"{host.name}: Ray does not start: {host.log('ray')}", START_S)
+        wait_until(is_up_or_over, f"{host.name}: Ray does not start: {host.log('ray')}", START_S)
         if process.poll() is not None:
             raise RuntimeError(f"{host.name}: Ray ended: {host.log('ray')}")
 

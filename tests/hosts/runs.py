@@ -18,10 +18,10 @@ from bigray.journal import read_journal
 from bigray.loading import load_job
 from bigray.paths import RunPaths
 from bigray.storage import open_storage
-from tests.hosts import processes
 from tests.hosts.hosts import Host
 from tests.hosts.ray_hosts import RayHosts
 from tests.integration.jobs import last_weights, weights_of_one_process, write_blobs
+from tests.waiting import wait_until
 
 PATIENCE_S = 150.0
 ENDING_S = 300.0
@@ -148,4 +148,4 @@ def wait_for_no_workers(hosts: Iterator[Host] | list[Host], timeout_s: float = 6
     """30 seconds after a run no process of it is left on any host; a minute here, on a machine that is shared."""
     hosts = list(hosts)
     left = "workers are left on a host after the run"
-    processes.wait_until(lambda: not any(workers_on(host) for host in hosts), left, timeout_s)
+    wait_until(lambda: not any(workers_on(host) for host in hosts), left, timeout_s)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import processes
 from tests.hosts.autoscaled import IDLE_S, AutoscaledHosts
 from tests.hosts.hosts import Network
 from tests.hosts.runs import Run, wait_for_no_workers, workers_on, write_job
+from tests.waiting import wait_until
 
 MOST = 2
 TRIALS = 4
@@ -48,7 +48,7 @@ def test_a_sweep_brings_nodes_up_and_their_idleness_brings_them_down(ray: Autosc
     run = Run.start(ray, tmp_path, "tune", str(job), "--search", str(search_of(tmp_path)))
     ray.wait_for("launched", MOST, UP_S)
     up = [ray.network.hosts[node] for node in ray.cloud.workers]
-    processes.wait_until(lambda: all(workers_on(host) for host in up), "no group on one of the nodes", UP_S)
+    wait_until(lambda: all(workers_on(host) for host in up), "no group on one of the nodes", UP_S)
     run.wait_for("started", lambda event: event["group"] != 0)
     run.let_run()
     board = run.board()

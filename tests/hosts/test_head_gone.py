@@ -25,9 +25,9 @@ import pytest
 
 from bigray.bundle import ModelBundle
 from bigray.serve.sample import write_sample_bundle
-from tests.hosts import processes
 from tests.hosts.hosts import Host, Network
 from tests.hosts.ray_hosts import Patience, RayHosts
+from tests.waiting import wait_until
 
 GONE_S = 30.0
 SETTLING_S = 60.0
@@ -136,7 +136,7 @@ def test_a_host_that_serves_answers_while_the_head_is_gone_and_goes_on_after(
     other = ray.network.hosts["other"]
     body = deploy(ray, tmp_path)
     asking = Asking.start(ray.network.hosts["client"], f"{other.address}:{PORT}", body)
-    processes.wait_until(lambda: len(asking.answers()) > 50, "the proxy of the second host does not answer", 60)
+    wait_until(lambda: len(asking.answers()) > 50, "the proxy of the second host does not answer", 60)
     before = {host.name: serving_on(host) for host in (ray.head, other)}
     assert any("ServeReplica" in command for command in before["other"].values()), before
     assert not any("ServeReplica" in command for command in before["head"].values()), before
@@ -155,7 +155,7 @@ def test_a_host_that_serves_answers_while_the_head_is_gone_and_goes_on_after(
     gone = asking.between(began, ended)
     tell(f"the head {way} for {GONE_S:g} s", gone)
 
-    processes.wait_until(lambda: is_running(ray), "bigray status does not show the endpoint as running", 90)
+    wait_until(lambda: is_running(ray), "bigray status does not show the endpoint as running", 90)
     print(f"bigray status shows it as running {time.time() - ended:.1f} s after the return")
     time.sleep(max(0.0, ended + SETTLING_S - time.time()))
     after = asking.between(ended, time.time())

@@ -14,6 +14,7 @@ import pytest
 
 from tests.hosts import links, processes
 from tests.hosts.hosts import REPOSITORY, Host, Network, remove_leftovers
+from tests.waiting import wait_until
 
 PORT = 8000
 FETCH = """
@@ -39,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network, Ho
 def serve_a_file(host: Host) -> None:
     (host.folder / "file").write_bytes(bytes(250_000))
     host.start("server", [sys.executable, "-m", "http.server", str(PORT), "--bind", host.address], folder=host.folder)
-    processes.wait_until(lambda: reaches(host, host), host.log("server"))
+    wait_until(lambda: reaches(host, host), host.log("server"))
 
 
 def reaches(host: Host, other: Host, timeout_s: float = 1.0) -> bool:
@@ -90,14 +91,14 @@ def test_a_command_that_takes_too_long_is_ended_and_what_it_said_is_told(pair: t
     with pytest.raises(subprocess.TimeoutExpired) as late:
         host.run(["sh", "-c", "echo so far; sleep 1234"], timeout_s=0.5)
     assert late.value.output == "so far\n"
-    processes.wait_until(lambda: "sleep 1234" not in str(host.processes()), "it sleeps on")
+    wait_until(lambda: "sleep 1234" not in str(host.processes()), "it sleeps on")
 
 
 def test_a_signal_reaches_what_was_started_and_its_exit_code_comes_back(pair: tuple[Network, Host, Host]) -> None:
     _, host, _ = pair
     script = "trap 'echo told; exit 7' TERM; echo waiting; while :; do sleep 0.05; done"
     started = host.start("trapping", ["sh", "-c", script])
-    processes.wait_until(lambda: host.log("trapping") == "waiting\n", "it has not started")
+    wait_until(lambda: host.log("trapping") == "waiting\n", "it has not started")
     host.signal(started, signal.SIGTERM)
     assert started.wait(10) == 7
     assert host.log("trapping") == "waiting\ntold\n"
@@ -180,7 +181,7 @@ print("connected", flush=True)
 print("closed:", asked.recv(1))
 """
     waiting = other.start("waiting", [*PYTHON, ask])
-    processes.wait_until(lambda: "connected" in other.log("waiting"), "no connection")
+    wait_until(lambda: "connected" in other.log("waiting"), "no connection")
     network.kill(host, in_silence=True)
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(1.0)
@@ -190,13 +191,13 @@ print("closed:", asked.recv(1))
 def test_a_paused_host_does_nothing_until_it_goes_on(network: Network) -> None:
     host = network.add("host")
     host.start("counting", ["sh", "-c", "while :; do echo more; sleep 0.02; done"])
-    processes.wait_until(lambda: bool(host.log("counting")), "it does not count")
+    wait_until(lambda: bool(host.log("counting")), "it does not count")
     host.pause()
     counted = host.log("counting")
     time.sleep(0.3)
     assert host.log("counting") == counted
     host.go_on()
-    processes.wait_until(lambda: host.log("counting") != counted, "it does not go on")
+    wait_until(lambda: host.log("counting") != counted, "it does not go on")
 
 
 def test_a_disk_of_a_hosts_own_is_full_when_it_is_filled_and_unknown_to_the_others(
@@ -279,6 +280,6 @@ with Network(pathlib.Path({str(tmp_path)!r})) as network:
     finally:
         test.kill()
         test.wait()
-    processes.wait_until(lambda: not processes.alive_in(pid_namespace), "its host goes on")
+    wait_until(lambda: not processes.alive_in(pid_namespace), "its host goes on")
     remove_leftovers()
     assert namespace not in links.namespaces()

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hosts import processes
 from tests.hosts.hosts import REPOSITORY, Host, Network
 from tests.hosts.ray_hosts import RayHosts
 from tests.hosts.runs import Run, wait_for_no_workers, workers_on, write_job
+from tests.waiting import wait_until
 
 SSHD = "/usr/sbin/sshd"
 SHARED_MEMORY_MB = 12_000
@@ -79,7 +79,7 @@ MaxSessions 100
 SetEnv HOME={host.home} PYTHONPATH={REPOSITORY} RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=1
 """)
     host.start("sshd", [SSHD, "-D", "-e", "-f", str(settings)])
-    processes.wait_until(lambda: "Server listening" in host.log("sshd"), host.log("sshd") or "sshd says nothing")
+    wait_until(lambda: "Server listening" in host.log("sshd"), host.log("sshd") or "sshd says nothing")
 
 
 @pytest.fixture
@@ -135,4 +135,4 @@ def test_the_onprem_file_brings_up_three_hosts_that_train_lose_one_and_come_down
     ray_on(desk, "down", "--yes", str(config))
     up = {name: host for name, host in network.hosts.items() if name != "desk"}
     still = "Ray goes on after ray down"
-    processes.wait_until(lambda: not any("raylet" in str(host.processes()) for host in up.values()), still, 60)
+    wait_until(lambda: not any("raylet" in str(host.processes()) for host in up.values()), still, 60)

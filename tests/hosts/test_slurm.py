@@ -15,10 +15,10 @@ from bigray.journal import read_journal
 from bigray.loading import load_job
 from bigray.paths import RunPaths
 from bigray.storage import open_storage
-from tests.hosts import processes
 from tests.hosts.hosts import REPOSITORY, Host, Network
 from tests.hosts.runs import write_job
 from tests.integration.jobs import last_weights, weights_of_one_process
+from tests.waiting import wait_until
 
 SCRIPT = REPOSITORY / "cluster" / "slurm" / "bigray.sbatch"
 MUNGE_FOLDER = "/run/munge"
@@ -52,7 +52,7 @@ class Slurm:
         self.control.start("slurmctld", ["slurmctld", "-D", "-i"], environment=self.environment)
         for name in NODES:
             self.start_node(network.hosts[name])
-        processes.wait_until(self._all_are_idle, f"the nodes do not come up: {self.logs()}", 60)
+        wait_until(self._all_are_idle, f"the nodes do not come up: {self.logs()}", 60)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,7 +101,7 @@ PartitionName=main Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP
         socket = f"{MUNGE_FOLDER}/munge.socket.2"
         command = ["munged", "--foreground", "--force", f"--key-file={self._key}", f"--socket={socket}", *files]
         host.start("munged", command)
-        processes.wait_until(host.path(socket).exists, f"{host.name}: no munge: {host.log('munged')}")
+        wait_until(host.path(socket).exists, f"{host.name}: no munge: {host.log('munged')}")
 
     def start_node(self, host: Host) -> None:
         host.start("slurmd", ["slurmd", "-D"], environment=self.environment)
@@ -144,7 +144,7 @@ PartitionName=main Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP
     def assert_nothing_is_left(self) -> None:
         hosts = [self.network.hosts[name] for name in NODES if name in self.network.hosts]
         left = "Ray goes on after the job"
-        processes.wait_until(lambda: not any("raylet" in str(host.processes()) for host in hosts), left, 60)
+        wait_until(lambda: not any("raylet" in str(host.processes()) for host in hosts), left, 60)
 
 
 @pytest.fixture
@@ -195,8 +195,8 @@ def test_a_job_whose_time_is_up_is_queued_again_and_goes_on_from_storage(slurm: 
     job_file.write_text(job_file.read_text() + WHOLE_NODE)
     submitted = tmp_path / "submitted"
     job = slurm.submit(submitted, "train", str(job_file), options=("--time=4",))
-    processes.wait_until(lambda: bool(events(tmp_path, "epoch")), f"nothing is trained: {output(submitted)}", 120)
-    processes.wait_until(lambda: "queued again" in output(submitted), "it is not queued again", 240)
+    wait_until(lambda: bool(events(tmp_path, "epoch")), f"nothing is trained: {output(submitted)}", 120)
+    wait_until(lambda: "queued again" in output(submitted), "it is not queued again", 240)
     (tmp_path / "pace").write_text("0")
     assert slurm.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED", output(submitted)
     assert events(tmp_path, "resumed"), "it has started anew"
@@ -211,7 +211,7 @@ def test_a_node_that_is_lost_costs_no_more_than_the_steps_since_its_last_checkpo
     job_file.write_text(job_file.read_text() + WHOLE_NODE)
     submitted = tmp_path / "submitted"
     job = slurm.submit(submitted, "train", str(job_file))
-    processes.wait_until(lambda: len(events(tmp_path, "epoch")) > 5, f"nothing is trained: {output(submitted)}", 120)
+    wait_until(lambda: len(events(tmp_path, "epoch")) > 5, f"nothing is trained: {output(submitted)}", 120)
     lost = slurm.network.hosts["node2"]
     slurm.network.kill(lost, in_silence=True)
     slurm.wait_for(job, "PENDING")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import processes
 from tests.hosts.hosts import Network
 from tests.hosts.ray_hosts import RayHosts
 from tests.hosts.runs import write_job
+from tests.waiting import wait_until
 
 NUM_GOOD = 15
 BAD = {
@@ -52,7 +52,7 @@ def test_each_ends_as_documented_and_no_process_is_left_on_any_host(ray: RayHost
             assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "runs").glob("paced-*/bundle/manifest.json"))) == NUM_GOOD
     print(f"\n{NUM_GOOD} submissions and {len(BAD)} that were refused: {time.monotonic() - started:.0f} s")
-    processes.wait_until(lambda: not left_on(ray), f"left: {left_on(ray)}", 60)
+    wait_until(lambda: not left_on(ray), f"left: {left_on(ray)}", 60)
 
 
 def told_bad(ray: RayHosts, project: Path, what: str, case: tuple[list[str], dict[str, str], int, str]) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from bigray.cluster.capacity import Capacity, connected_capacity
+from bigray.cluster.capacity import connected_capacity
 from bigray.cluster.plan import LEG_ACTOR_BYTES, Plan, make_plan
 from bigray.errors import CapacityError
 from bigray.specs import JobSpec
 from tests.full_size import IS_FULL
 from tests.integration.raylets import ray_cluster
+from tests.waiting import wait_until
 
 EXAMPLES = 30 if IS_FULL else 6
 ROWS = {"train": 70, "validation": 15, "holdout": 15}
@@ -105,13 +105,6 @@ def run(plan: Plan, job: JobSpec) -> None:
         remove_placement_group(place)
 
 
-def wait_until_free(capacity: Capacity) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while connected_capacity() != capacity:
-        assert time.monotonic() < deadline, "places are not given back"
-        time.sleep(0.02)
-
-
 def jobs(seed: int) -> list[tuple[JobSpec, int]]:
     """Named ones first, then drawn ones."""
     draw = random.Random(seed)
@@ -149,7 +142,7 @@ def test_ray_places_what_is_planned_and_has_no_place_for_what_is_refused(cluster
             assert not place.wait(REFUSED_FOR_S), f"{job.scaling} was refused, but has a place"
             remove_placement_group(place)
         outcomes.append("refused" if plan is None else "run")
-        wait_until_free(idle)
+        wait_until(lambda: connected_capacity() == idle, "places are not given back")
 
     assert {"refused", "run"} <= set(outcomes)
 
@@ -174,4 +167,4 @@ def test_what_serve_or_anybody_holds_now_is_seen(cluster: Any) -> None:
     assert busy.free_cpus == idle.free_cpus - 1.5
     assert [node.has_driver for node in busy.nodes].count(True) == 1
     ray.kill(held)
-    wait_until_free(idle)
+    wait_until(lambda: connected_capacity() == idle, "places are not given back")

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from bigray.paths import RunPaths
 from bigray.storage import open_storage
 from tests.full_size import full_size
 from tests.integration.jobs import last_weights, weights_of_one_process, write_blobs
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 150.0
@@ -205,13 +206,6 @@ def test_an_idle_node_leaves_when_it_is_told_to_and_a_busy_one_is_killed_at_the_
 
 def state_of(name: str) -> str:
     return next(status.state for status in local_status().nodes if status.node.name == name)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 class Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +11,7 @@ from ray.util.placement_group import placement_group_table
 from bigray.training import places
 from bigray.training.places import SeparatePlaces
 from tests.integration.raylets import ray_cluster
+from tests.waiting import wait_until
 
 WORKER = {"CPU": 1.0}
 PATIENCE_S = 20.0
@@ -31,10 +31,7 @@ def held() -> float:
 
 
 def wait_until_held(cpus: float) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while held() != cpus:
-        assert time.monotonic() < deadline, f"{held():g} CPUs are held, not {cpus:g}"
-        time.sleep(0.1)
+    wait_until(lambda: held() == cpus, f"other than {cpus:g} CPUs are held")
 
 
 @pytest.mark.parametrize("is_view_stale", [False, True])

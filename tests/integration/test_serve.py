@@ -9,8 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,6 +28,7 @@ from bigray.serve.client import Client, fetch_json, predict_file, predict_table
 from bigray.serve.config import GrpcSection, ServeSpec, load_serve
 from bigray.serve.ingress import free_port, haproxy_folder
 from bigray.serve.sample import write_sample_bundle
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -91,15 +91,6 @@ def post(url: str, body: bytes, path: str = "/predict") -> tuple[int, dict]:
         return answer.status, json.loads(answer.read())
     finally:
         connection.close()
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def good_body() -> bytes:
@@ -300,12 +291,12 @@ def test_replicas_follow_the_load_up_and_down(endpoint, bundle, tmp_path):
     for thread in threads:
         thread.start()
     try:
-        assert wait_for(lambda: replicas() == 2)
+        wait_until(lambda: replicas() == 2)
     finally:
         stop.set()
         for thread in threads:
             thread.join()
-    assert wait_for(lambda: replicas() == 1)
+    wait_until(lambda: replicas() == 1)
     assert failures == []
     runner.delete("scaled")
 
@@ -319,8 +310,8 @@ def test_rays_own_tool_serves_the_written_file(cluster, endpoint, bundle, tmp_pa
     file.write_text(yaml.safe_dump(document))
     tool = [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking", "--address", cluster.address, str(file)]
     subprocess.run(tool, check=True, capture_output=True, timeout=120)
-    assert wait_for(lambda: [(row.name, row.state) for row in runner.status()] == [("native", "RUNNING")])
-    assert wait_for(lambda: post(endpoint.url, good_body())[0] == 200)
+    wait_until(lambda: [(row.name, row.state) for row in runner.status()] == [("native", "RUNNING")])
+    wait_until(lambda: post(endpoint.url, good_body())[0] == 200)
 
 
 def test_nothing_remains_after_the_last_delete(cluster, endpoint):
@@ -329,7 +320,7 @@ def test_nothing_remains_after_the_last_delete(cluster, endpoint):
         runner.delete(row.name)
     assert runner.status() == ()
     assert not folder.exists()
-    assert wait_for(lambda: "haproxy" not in process_names())
+    wait_until(lambda: "haproxy" not in process_names())
     with pytest.raises(DeployError, match="no answer"):
         fetch_json(f"{endpoint.url}/")
     with pytest.raises(DeployError, match="nothing is served"):

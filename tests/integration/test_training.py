@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from bigray.training.request import make_request
 from bigray.training.runner import train, training_trials
 from tests.integration.jobs import last_weights, make_job
 from tests.processes import worker_pids
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("four_cpu_ray")
 
@@ -70,13 +70,6 @@ def test_a_killed_worker_costs_no_step_and_the_weights_are_those_of_an_undisturb
     undisturbed, disturbed = (last_weights(paths, name) for name in ("undisturbed", "killed"))
     assert undisturbed.keys() == disturbed.keys()
     assert all(np.array_equal(undisturbed[name], disturbed[name]) for name in undisturbed)
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not become so"
-        time.sleep(0.2)
 
 
 def test_no_thread_of_a_run_is_left_that_could_use_ray_after_the_driver_has_left_it(

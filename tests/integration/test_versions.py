@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,6 +32,7 @@ from bigray.serve.rollout import Mode
 from bigray.serve.sample import write_sample_bundle
 from bigray.serve.steward import SILENT_S
 from tests.full_size import full_size
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -143,20 +144,11 @@ def state_of(endpoint: runner.Deployment) -> ChannelState:
     return runner.versions(endpoint.name)[0]
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_a_swap_of_the_only_replica_drops_no_request_and_mixes_no_answer(endpoint, bundles, spec, key):
     with traffic(endpoint, key, bundles) as asked:
-        assert wait_for(lambda: asked.versions[version_of(bundles[0])] > 20)
+        wait_until(lambda: asked.versions[version_of(bundles[0])] > 20)
         second = runner.deploy(bundles[1], spec, force=True)
-        assert wait_for(lambda: asked.versions[version_of(bundles[1])] > 20)
+        wait_until(lambda: asked.versions[version_of(bundles[1])] > 20)
     assert second.version == version_of(bundles[1])
     assert state_of(endpoint).live.bundle == bundles[1]
 
@@ -165,7 +157,7 @@ def test_a_rollback_returns_to_the_version_before(endpoint, bundles, key):
     before = state_of(endpoint)
     with traffic(endpoint, key, bundles) as asked:
         after = runner.rollback(endpoint.name)
-        assert wait_for(lambda: asked.versions[after.live.version] > 20)
+        wait_until(lambda: asked.versions[after.live.version] > 20)
     assert (after.live, after.previous) == (before.previous, before.live)
 
 
@@ -221,7 +213,7 @@ def test_a_version_in_replicas_of_its_own_takes_over_without_a_dropped_request(e
     (candidate,) = set(bundles) - {before.live.bundle}
     with traffic(endpoint, key, bundles) as asked:
         deployed = runner.deploy(candidate, spec.with_args(swap="surge"), force=True)
-        assert wait_for(lambda: asked.versions[deployed.version] > 20)
+        wait_until(lambda: asked.versions[deployed.version] > 20)
     state, reports = runner.versions(endpoint.name)
     assert (state.live.bundle, state.previous, state.replaced) == (candidate, None, before.live)
     assert [entry.version for entry in state.history[: len(before.history)]] == [e.version for e in before.history]
@@ -237,7 +229,7 @@ def test_a_killed_replica_comes_back_with_the_live_version(endpoint, bundles, ke
     state, (report,) = runner.versions(endpoint.name)
     os.kill(report.pid, signal.SIGKILL)
     with Client(endpoint.url, key=key, retries=100) as client:
-        assert wait_for(lambda: any(one.pid != report.pid for one in runner.versions(endpoint.name)[1]))
+        wait_until(lambda: any(one.pid != report.pid for one in runner.versions(endpoint.name)[1]))
         answer = client.send("POST", "/predict", json.dumps({"records": [{"image": IMAGE.tolist()}]}).encode())
     assert answer.version == live.version
     assert runner.versions(endpoint.name)[0].live == state.live
@@ -268,7 +260,7 @@ def test_a_further_model_is_loaded_when_it_is_asked(endpoint, key):
 
 def test_the_numbers_of_the_endpoint_are_those_of_its_replicas_and_soon_of_no_killed_one(endpoint, key):
     with Client(endpoint.url, key=key) as client:
-        assert wait_for(lambda: len(client.stats()["replicas"]) == 1, timeout_s=SILENT_S + 5)
+        wait_until(lambda: len(client.stats()["replicas"]) == 1, timeout_s=SILENT_S + 5)
         stats = client.stats()
         metrics = client.send("GET", "/metrics").body.decode()
     assert [replica["live"] for replica in stats["replicas"]] == [state_of(endpoint).live.version]
@@ -284,9 +276,9 @@ def test_a_revoked_key_is_refused_within_seconds(endpoint, key_file):
         connection.request("GET", "/card", headers={"x-api-key": secret})
         return connection.getresponse().status
 
-    assert wait_for(lambda: status() == 200, timeout_s=15)
+    wait_until(lambda: status() == 200, timeout_s=15)
     revoke_key(key_file, "short-lived")
-    assert wait_for(lambda: status() == 401, timeout_s=15)
+    wait_until(lambda: status() == 401, timeout_s=15)
 
 
 def listening_ports(pid: int) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 
@@ -60,10 +58,3 @@ class LingeringClient(FakeClient):
 
 def config(prefix: str, bundle: str) -> dict[str, Any]:
     return {"route_prefix": prefix, "import_path": "bigray.serve.app:build", "args": {"bundle": bundle}}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

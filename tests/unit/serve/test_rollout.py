@@ -37,7 +37,7 @@ from bigray.serve.release.registry import MemoryKeyValue, Registry, update
 from bigray.serve.rollout import Channel, Mode, Progress, total
 from bigray.serve.steward import Identity, Steward
 from bigray.serve.store import ModelStore
-from tests.unit.serve.fakes import wait_until
+from tests.waiting import wait_until
 
 ROWS = np.zeros((1, 2, 3), np.float32)
 LIMITS = JudgeLimits(min_requests=30, max_seconds=60, max_disagreement=1.0, max_latency_ratio=1e6)

@@ -30,7 +30,8 @@ from bigray.serve.runner import (
     status,
     versions,
 )
-from tests.unit.serve.fakes import FakeClient, LingeringClient, config, wait_until
+from tests.unit.serve.fakes import FakeClient, LingeringClient, config
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("store")
 

@@ -32,7 +32,7 @@ from bigray.serve.release.record import (
 from bigray.serve.release.registry import MemoryKeyValue, Registry, update
 from bigray.serve.steward import RETRY_S, STALE_S, Identity, Steward
 from bigray.serve.store import ModelStore
-from tests.unit.serve.fakes import wait_until
+from tests.waiting import wait_until
 
 AT = "2026-05-01T10:00:00+00:00"
 ROWS = np.zeros((1, 2, 3), np.float32)
