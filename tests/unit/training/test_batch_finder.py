@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,6 +17,7 @@ from bigray.storage import open_storage
 from bigray.training import batch_finder
 from bigray.training.batch_finder import find_micro_batch, forecast, largest_that_fits, resolve_batch_size
 from bigray.training.loop import Worker
+from tests.unit.training.own_process import printed_by
 
 MakeTrial = Callable[..., TrialSpec]
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
@@ -107,17 +107,27 @@ def test_a_forecast_is_a_line_through_the_last_two_sizes() -> None:
     assert forecast({4: 10.0, 8: 9.0}, 16) == 9.0
 
 
-def wide(rows: int) -> TrainingArrays:
-    """Rows of 4 kB each, so that a step's memory is mostly its rows."""
-    x = np.ones((rows, 1000), dtype=np.float32)
-    return TrainingArrays(x, np.zeros(rows, dtype=np.int64), x[:2], np.zeros(2, dtype=np.int64))
+def found_in_rows_of_4_kb(trial: TrialSpec, budget_bytes: int) -> int:
+    """A step's memory is mostly its rows."""
+    return printed_by(f"""
+import numpy as np
+import torch
+from bigray.data.dataset import TrainingArrays
+from bigray.specs import TrialSpec
+from bigray.training.batch_finder import find_micro_batch
+from bigray.training.loop import Worker
+
+torch.set_num_threads(1)
+x, y = np.ones((20_000, 1000), np.float32), np.zeros(20_000, np.int64)
+trial = TrialSpec.model_validate_json({trial.model_dump_json()!r})
+alone = Worker(rank=0, world_size=1, device=torch.device("cpu"))
+print(find_micro_batch(trial, TrainingArrays(x, y, x[:2], y[:2]), 3, alone, budget_bytes={budget_bytes}))
+""")
 
 
 def test_a_real_step_is_measured_and_a_larger_budget_takes_more_rows(make_trial: MakeTrial) -> None:
     trial = make_trial(params={"hidden": [200]}, global_batch_size="auto")
-    small, large = (
-        find_micro_batch(trial, wide(20_000), 3, ALONE, budget_bytes=budget) for budget in (20 * MB, 80 * MB)
-    )
+    small, large = (found_in_rows_of_4_kb(trial, budget) for budget in (20 * MB, 80 * MB))
 
     # a row takes 4 kB as input and 0.8 kB in each layer and gradient
     assert 500 < small < 20 * MB // 4000

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import mmap
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from bigray.host_memory import HostMemory, host_memory, shown
 from bigray.training import memory
 from bigray.training.memory import peak_growth_bytes
+from tests.unit.training.own_process import printed_by
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -68,20 +66,23 @@ def test_version_1_of_cgroups_is_read_too_and_its_word_for_no_limit_known(
 
 
 @pytest.mark.parametrize("may_reset", [True, False])
-def test_the_peak_of_a_piece_of_work_is_seen_also_when_it_is_over(
-    may_reset: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not may_reset:
-        monkeypatch.setattr(memory, "_reset_high_water_mark", lambda: False)
+@pytest.mark.parametrize("megabytes", [0, 64])
+def test_the_peak_of_a_piece_of_work_is_seen_also_when_it_is_over(megabytes: int, may_reset: bool) -> None:
+    growth = printed_by(f"""
+import torch
+from bigray.training import memory
 
-    def work() -> None:
-        for _ in range(5):  # long enough for a thread that looks now and then
-            torch.ones(64 * MIB, dtype=torch.uint8)
+if not {may_reset}:
+    memory._reset_high_water_mark = lambda: False
 
-    growth = peak_growth_bytes(work)
+def work():
+    for _ in range(5):  # long enough for a thread that looks now and then
+        torch.ones({megabytes} * 2**20, dtype=torch.uint8)
 
-    assert 60 * MIB < growth < 80 * MIB
-    assert peak_growth_bytes(lambda: None) < 8 * MIB
+print(memory.peak_growth_bytes(work))
+""")
+
+    assert (megabytes - 4) * MIB < growth < (megabytes + 16) * MIB
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_bytes_are_shown_short(num_bytes: float, text: str) -> None:
 @pytest.mark.parametrize("garbage", ["Cycle()", "Late()"], ids=["at once", "after a finalizer"])
 def test_garbage_that_is_collected_meanwhile_hides_nothing(garbage: str) -> None:
     assert (
-        _printed_by(f"""
+        printed_by(f"""
 import gc
 import numpy as np
 from bigray.training.memory import peak_growth_bytes
@@ -126,7 +127,7 @@ print(peak_growth_bytes(work))
 def test_a_free_end_of_the_heap_that_cannot_be_cut_off_hides_no_block(megabytes: int) -> None:
     """One that fits into the end, and one that is larger."""
     assert (
-        _printed_by(f"""
+        printed_by(f"""
 import ctypes
 import numpy as np
 from bigray.training import allocator
@@ -141,12 +142,6 @@ print(peak_growth_bytes(lambda: np.ones({megabytes} * 2**20, np.uint8).fill(0)))
 """)
         > (megabytes - 2) * MIB
     )
-
-
-def _printed_by(code: str) -> int:
-    """In a process of its own: what other tests have left would count here."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    return int(done.stdout)
 
 
 def test_a_system_that_tells_no_pages_of_files_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
