@@ -52,6 +52,7 @@ from bigray.training.lanes import beginnings_of, next_to_train, read_trial, save
 from bigray.training.local_rows import let_go, local_arrays
 from bigray.training.loop import TrialTraining, Worker
 from bigray.training.membership import Member, Place
+from bigray.training.metrics_import import import_torchmetrics
 from bigray.training.process_group import broadcast_object, process_group
 from bigray.training.recycling import must_be_fresh, rss_limit_bytes, subjects
 from bigray.training.reporting import Reporter
@@ -95,9 +96,7 @@ class SpareWorker:
 
 def _import_what_is_imported_late() -> None:
     """Metrics, and what the first step of an optimizer imports: two seconds that a replacement must not cost."""
-    import torchmetrics.classification
-    import torchmetrics.regression  # noqa: F401
-
+    import_torchmetrics()
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.AdamW([parameter], fused=True).step()
