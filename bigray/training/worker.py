@@ -95,7 +95,7 @@ class SpareWorker:
 
 
 def _import_what_is_imported_late() -> None:
-    """Metrics, and what the first step of an optimizer imports: two seconds that a replacement must not cost."""
+    """Metrics, and what the first step of an optimizer imports: more than a second that a replacement must not cost."""
     import_torchmetrics()
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
