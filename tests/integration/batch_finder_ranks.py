@@ -42,7 +42,7 @@ def make_data() -> TrainingArrays:
     return TrainingArrays(x, y, x[:2], y[:2])
 
 
-def run(rank: int, folder: str) -> None:
+def run(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     worker, data = Worker(rank, 2, torch.device("cpu")), make_data()
@@ -53,11 +53,11 @@ def run(rank: int, folder: str) -> None:
         find_micro_batch(make_trial(), data, 3, worker, budget_bytes=(BUDGETS_BYTES[0], 0)[rank])
     except TrainingFailed as error:
         results["refused"] = str(error)
-    paths = RunPaths(open_storage(f"{folder}/run"), "run")
+    paths = RunPaths(open_storage(folder / "run"), "run")
     results["resolved"] = resolve_batch_size(
         make_trial(micro_batch_size=8), data, 3, worker, paths, broadcast
     ).training.model_dump(include={"global_batch_size", "micro_batch_size"})
-    Path(folder, f"rank-{rank}.json").write_text(json.dumps(results))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

@@ -75,18 +75,18 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
 
-def run(rank: int, folder: str) -> None:
+def run(rank: int, folder: Path) -> None:
     """Two processes: train as two, go on as one, go on as two; then the cases that need processes of their own."""
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name in OPTIMIZERS:
-        _train_across_world_sizes(rank, Path(folder), name)
-    _train_trial_across_world_sizes(rank, Path(folder))
-    worker = _join(Path(folder), "last", rank, 2)
-    results["refusals"] = _refusals(worker, Path(folder))
+        _train_across_world_sizes(rank, folder, name)
+    _train_trial_across_world_sizes(rank, folder)
+    worker = _join(folder, "last", rank, 2)
+    results["refusals"] = _refusals(worker, folder)
     results["bf16"] = _bf16_outputs(worker)
     if rank == 0:
-        (Path(folder) / "results.json").write_text(json.dumps(results))
+        (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

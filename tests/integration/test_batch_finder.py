@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing as multiprocessing
 
 from tests.integration import batch_finder_ranks
 from tests.integration.batch_finder_ranks import BUDGETS_BYTES, ROW_BYTES, SETTINGS
+from tests.integration.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found; starting them is what takes the time."""
     folder = tmp_path_factory.mktemp("finder")
-    multiprocessing.spawn(batch_finder_ranks.run, (str(folder),), nprocs=2)
+    run_ranks(batch_finder_ranks.run, folder, 2)
     return [json.loads(Path(folder, f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

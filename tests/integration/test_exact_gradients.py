@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing, nn
+from torch import nn
 
 from tests.integration.exact_steps import (
     MODULES,
@@ -20,6 +20,7 @@ from tests.integration.exact_steps import (
     state_after,
     sync_batchnorm_cases,
 )
+from tests.integration.ranks import run_ranks
 
 WORLD_SIZES = range(1, NUM_PROCESSES + 1)
 
@@ -28,7 +29,7 @@ WORLD_SIZES = range(1, NUM_PROCESSES + 1)
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four processes start once, for all tests."""
     folder = tmp_path_factory.mktemp("results")
-    multiprocessing.spawn(run, (folder,), nprocs=NUM_PROCESSES)
+    run_ranks(run, folder, NUM_PROCESSES)
     return folder
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
 
 from tests.integration.loop_ranks import CLOSE, DIVERGING, EPOCHS, EXACT, NUM_PROCESSES, RESIZED, STEPS, run
+from tests.integration.ranks import run_ranks
 
 OTHER_WORLD_SIZES = range(2, NUM_PROCESSES + 1)
 TOLERANCE = {"sgd": 1e-5, "large": 1e-5, "class weights and micro-batches": 1e-5, "synchronised batch norm": 1e-4}
@@ -22,7 +22,7 @@ TOLERANCE = {"sgd": 1e-5, "large": 1e-5, "class weights and micro-batches": 1e-5
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four processes start once, for all tests."""
     folder = tmp_path_factory.mktemp("results")
-    multiprocessing.spawn(run, (folder,), nprocs=NUM_PROCESSES)
+    run_ranks(run, folder, NUM_PROCESSES)
     return folder
 
 

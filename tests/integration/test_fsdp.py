@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.multiprocessing as multiprocessing
 
 from bigray.paths import RunPaths
 from bigray.storage import MANIFEST, open_storage, read_folder
 from bigray.training.checkpoint import SnapshotBuffers, load_checkpoint
 from tests.integration import fsdp_ranks
+from tests.integration.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have done all that these tests look at; starting them is what takes the time."""
     folder = tmp_path_factory.mktemp("fsdp")
-    multiprocessing.spawn(fsdp_ranks.run, (str(folder),), nprocs=2)
+    run_ranks(fsdp_ranks.run, folder, 2)
     return folder
 
 

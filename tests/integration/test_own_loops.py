@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
 
 from bigray.training.loop import Worker
 from tests.integration.own_loop_ranks import EPOCHS, EXAMPLES, NUM_PROCESSES, run, train
+from tests.integration.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The processes start once, for all tests."""
     folder = tmp_path_factory.mktemp("results")
-    multiprocessing.spawn(run, (folder,), nprocs=NUM_PROCESSES)
+    run_ranks(run, folder, NUM_PROCESSES)
     return folder
 
 
