@@ -8,7 +8,7 @@ from collections.abc import Callable
 LOOK_AGAIN_S = 0.02
 
 
-def wait_until(is_so: Callable[[], object], otherwise: str = "it did not become so", timeout_s: float = 120.0) -> None:
+def wait_until(is_so: Callable[[], object], otherwise: str = "it did not become so", timeout_s: float = 15.0) -> None:
     """Ask again and again.
 
     Raises:

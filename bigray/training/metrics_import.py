@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from types import ModuleType
 
 UNUSED = "scipy.signal"
-STANDS_IN_FOR = "hamming"
-"""The only name of it that torchmetrics looks for."""
 
 
 def import_torchmetrics() -> None:
@@ -19,20 +17,19 @@ def import_torchmetrics() -> None:
     Where scipy is installed, torchmetrics (1.9) imports scipy.signal to put back a name that scipy has taken out. No
     metric uses it. An empty module stands in for it meanwhile, unless somebody has imported it before.
     """
-    with _stood_in_for(UNUSED):
+    with _unused_stood_in_for():
         for module in ("torchmetrics.classification", "torchmetrics.regression"):
             importlib.import_module(module)
 
 
 @contextlib.contextmanager
-def _stood_in_for(name: str) -> Iterator[None]:
-    if name in sys.modules or "torchmetrics" in sys.modules:
+def _unused_stood_in_for() -> Iterator[None]:
+    if UNUSED in sys.modules:
         yield
         return
-    stand_in = ModuleType(name)
-    setattr(stand_in, STANDS_IN_FOR, None)
-    sys.modules[name] = stand_in
+    sys.modules[UNUSED] = stand_in = ModuleType(UNUSED)
+    vars(stand_in)["hamming"] = None  # the only name of it that torchmetrics looks for
     try:
         yield
     finally:
-        del sys.modules[name]
+        del sys.modules[UNUSED]

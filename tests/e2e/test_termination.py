@@ -89,7 +89,9 @@ def check_that_it_ends(job: Path, told: signal.Signals, before: set[int]) -> Non
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen([BIGRAY, "train", str(job), "--json"], env=clean, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: len(events_of(job, "epoch")) >= num_epochs or process.poll() is not None)
+        wait_until(
+            lambda: len(events_of(job, "epoch")) >= num_epochs or process.poll() is not None, timeout_s=PATIENCE_S
+        )
         process.send_signal(told)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -97,7 +99,7 @@ def check_that_it_ends(job: Path, told: signal.Signals, before: set[int]) -> Non
     assert process.returncode == exit_code, errors
     assert errors.splitlines()[-1] == f"{line}; the same command goes on where it stopped"
     assert "Traceback" not in errors
-    wait_until(lambda: not ray_processes() - before)
+    wait_until(lambda: not ray_processes() - before, timeout_s=PATIENCE_S)
 
 
 def check_the_checkpoint(job: Path) -> int:

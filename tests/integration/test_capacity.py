@@ -142,7 +142,7 @@ def test_ray_places_what_is_planned_and_has_no_place_for_what_is_refused(cluster
             assert not place.wait(REFUSED_FOR_S), f"{job.scaling} was refused, but has a place"
             remove_placement_group(place)
         outcomes.append("refused" if plan is None else "run")
-        wait_until(lambda: connected_capacity() == idle, "places are not given back")
+        wait_until(lambda: connected_capacity() == idle, "places are not given back", timeout_s=READY_TIMEOUT_S)
 
     assert {"refused", "run"} <= set(outcomes)
 
@@ -167,4 +167,4 @@ def test_what_serve_or_anybody_holds_now_is_seen(cluster: Any) -> None:
     assert busy.free_cpus == idle.free_cpus - 1.5
     assert [node.has_driver for node in busy.nodes].count(True) == 1
     ray.kill(held)
-    wait_until(lambda: connected_capacity() == idle, "places are not given back")
+    wait_until(lambda: connected_capacity() == idle, "places are not given back", timeout_s=READY_TIMEOUT_S)

@@ -196,7 +196,7 @@ def test_an_idle_node_leaves_when_it_is_told_to_and_a_busy_one_is_killed_at_the_
     told: list[Ended] = []
     thread = threading.Thread(target=lambda: told.append(preempt_node(busy, 8)))
     thread.start()
-    wait_until(lambda: state_of(busy) == "draining")
+    wait_until(lambda: state_of(busy) == "draining", timeout_s=PATIENCE_S)
     thread.join(PATIENCE_S)
 
     assert [ended.how for ended in told] == ["killed when its time was up"]
@@ -356,7 +356,8 @@ def test_a_start_that_is_cut_short_leaves_nothing_or_down_finds_it(
         "from bigray.cluster.local import LocalClusterSpec, start_local; start_local(LocalClusterSpec(nodes=2))"
     )
     starter = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
-    wait_until(lambda: len(processes_of(own_folder, "head")) > 1)  # `ray start`, and something that it started
+    # `ray start`, and something that it started
+    wait_until(lambda: len(processes_of(own_folder, "head")) > 1, timeout_s=PATIENCE_S)
     made = own_folder.read()
     assert made is not None
     starter.send_signal(number)

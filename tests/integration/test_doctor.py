@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from bigray.cluster.connect import prepare_environment
+from tests.waiting import wait_until
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 WORKERS = 2
@@ -108,10 +108,7 @@ def test_a_busy_cluster_is_examined_and_left_as_it_was(cluster: Any, tmp_path: P
     assert run.of("gloo")[0]["what"].startswith("3 pairs")
     assert "dashboard" in run.of("ports")[0]["what"]
     assert os.listdir(tmp_path) == []
-    deadline = time.monotonic() + 10
-    while probes_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: not probes_alive(), timeout_s=10)
 
 
 def test_gpus_that_torch_lacks_and_an_interface_that_is_not_there_fail(cluster: Any) -> None:

@@ -23,8 +23,8 @@ from bigray.training.runner import drive_trials, train, train_request, training_
 from bigray.training.session import LiveRun, run_trials, silent
 from bigray.tuning.runner import tune
 from tests.integration.jobs import make_job
-from tests.integration.test_training import wait_until
 from tests.processes import worker_pids
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("four_cpu_ray"), pytest.mark.timeout(300)]
 
@@ -100,7 +100,7 @@ def test_what_was_cut_off_goes_on_at_the_first_fold_that_is_missing(tmp_path: Pa
 
     with pytest.raises(TrainingFailed, match="cut off here"):
         run_trials(request, cut_off, silent, address=None, new=False)
-    wait_until(lambda: ray.available_resources().get("CPU") == 4.0)
+    wait_until(lambda: ray.available_resources().get("CPU") == 4.0, timeout_s=20.0)
     events: list[Event] = []
     board = train_request(request, listener=events.append)
     assert trained(events) == ["linear-fold3", *fold_names("mlp"), board.winner.trial_id]

@@ -31,7 +31,7 @@ def held() -> float:
 
 
 def wait_until_held(cpus: float) -> None:
-    wait_until(lambda: held() == cpus, f"other than {cpus:g} CPUs are held")
+    wait_until(lambda: held() == cpus, f"other than {cpus:g} CPUs are held", timeout_s=PATIENCE_S)
 
 
 @pytest.mark.parametrize("is_view_stale", [False, True])

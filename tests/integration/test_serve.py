@@ -31,6 +31,7 @@ from bigray.serve.sample import write_sample_bundle
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -291,12 +292,12 @@ def test_replicas_follow_the_load_up_and_down(endpoint, bundle, tmp_path):
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: replicas() == 2)
+        wait_until(lambda: replicas() == 2, timeout_s=PATIENCE_S)
     finally:
         stop.set()
         for thread in threads:
             thread.join()
-    wait_until(lambda: replicas() == 1)
+    wait_until(lambda: replicas() == 1, timeout_s=PATIENCE_S)
     assert failures == []
     runner.delete("scaled")
 
@@ -310,8 +311,10 @@ def test_rays_own_tool_serves_the_written_file(cluster, endpoint, bundle, tmp_pa
     file.write_text(yaml.safe_dump(document))
     tool = [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking", "--address", cluster.address, str(file)]
     subprocess.run(tool, check=True, capture_output=True, timeout=120)
-    wait_until(lambda: [(row.name, row.state) for row in runner.status()] == [("native", "RUNNING")])
-    wait_until(lambda: post(endpoint.url, good_body())[0] == 200)
+    wait_until(
+        lambda: [(row.name, row.state) for row in runner.status()] == [("native", "RUNNING")], timeout_s=PATIENCE_S
+    )
+    wait_until(lambda: post(endpoint.url, good_body())[0] == 200, timeout_s=PATIENCE_S)
 
 
 def test_nothing_remains_after_the_last_delete(cluster, endpoint):
@@ -320,7 +323,7 @@ def test_nothing_remains_after_the_last_delete(cluster, endpoint):
         runner.delete(row.name)
     assert runner.status() == ()
     assert not folder.exists()
-    wait_until(lambda: "haproxy" not in process_names())
+    wait_until(lambda: "haproxy" not in process_names(), timeout_s=PATIENCE_S)
     with pytest.raises(DeployError, match="no answer"):
         fetch_json(f"{endpoint.url}/")
     with pytest.raises(DeployError, match="nothing is served"):

@@ -47,7 +47,7 @@ def test_training_writes_a_verified_bundle_is_not_repeated_and_leaves_no_process
     assert [event.kind for event in events] == ["complete", "ranked"]
     assert again.trials == board.trials
 
-    wait_until(lambda: ray.available_resources().get("CPU") == 4.0 and not worker_pids())
+    wait_until(lambda: ray.available_resources().get("CPU") == 4.0 and not worker_pids(), timeout_s=20.0)
 
 
 def test_a_killed_worker_costs_no_step_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:

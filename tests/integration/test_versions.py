@@ -35,6 +35,7 @@ from tests.full_size import full_size
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
+PATIENCE_S = 60.0
 
 IMAGE = np.linspace(-1, 1, 20, dtype=np.float32).reshape(4, 5)
 ANY_ANSWERS = JudgeLimits(min_requests=30, max_disagreement=1.0, max_latency_ratio=1_000)
@@ -146,9 +147,9 @@ def state_of(endpoint: runner.Deployment) -> ChannelState:
 
 def test_a_swap_of_the_only_replica_drops_no_request_and_mixes_no_answer(endpoint, bundles, spec, key):
     with traffic(endpoint, key, bundles) as asked:
-        wait_until(lambda: asked.versions[version_of(bundles[0])] > 20)
+        wait_until(lambda: asked.versions[version_of(bundles[0])] > 20, timeout_s=PATIENCE_S)
         second = runner.deploy(bundles[1], spec, force=True)
-        wait_until(lambda: asked.versions[version_of(bundles[1])] > 20)
+        wait_until(lambda: asked.versions[version_of(bundles[1])] > 20, timeout_s=PATIENCE_S)
     assert second.version == version_of(bundles[1])
     assert state_of(endpoint).live.bundle == bundles[1]
 
@@ -157,7 +158,7 @@ def test_a_rollback_returns_to_the_version_before(endpoint, bundles, key):
     before = state_of(endpoint)
     with traffic(endpoint, key, bundles) as asked:
         after = runner.rollback(endpoint.name)
-        wait_until(lambda: asked.versions[after.live.version] > 20)
+        wait_until(lambda: asked.versions[after.live.version] > 20, timeout_s=PATIENCE_S)
     assert (after.live, after.previous) == (before.previous, before.live)
 
 
@@ -213,7 +214,7 @@ def test_a_version_in_replicas_of_its_own_takes_over_without_a_dropped_request(e
     (candidate,) = set(bundles) - {before.live.bundle}
     with traffic(endpoint, key, bundles) as asked:
         deployed = runner.deploy(candidate, spec.with_args(swap="surge"), force=True)
-        wait_until(lambda: asked.versions[deployed.version] > 20)
+        wait_until(lambda: asked.versions[deployed.version] > 20, timeout_s=PATIENCE_S)
     state, reports = runner.versions(endpoint.name)
     assert (state.live.bundle, state.previous, state.replaced) == (candidate, None, before.live)
     assert [entry.version for entry in state.history[: len(before.history)]] == [e.version for e in before.history]
@@ -229,7 +230,9 @@ def test_a_killed_replica_comes_back_with_the_live_version(endpoint, bundles, ke
     state, (report,) = runner.versions(endpoint.name)
     os.kill(report.pid, signal.SIGKILL)
     with Client(endpoint.url, key=key, retries=100) as client:
-        wait_until(lambda: any(one.pid != report.pid for one in runner.versions(endpoint.name)[1]))
+        wait_until(
+            lambda: any(one.pid != report.pid for one in runner.versions(endpoint.name)[1]), timeout_s=PATIENCE_S
+        )
         answer = client.send("POST", "/predict", json.dumps({"records": [{"image": IMAGE.tolist()}]}).encode())
     assert answer.version == live.version
     assert runner.versions(endpoint.name)[0].live == state.live

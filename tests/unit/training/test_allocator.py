@@ -1,7 +1,6 @@
 """Freed memory stays with the process once it is told to."""
 
-import subprocess
-import sys
+from tests.unit.training.own_process import number_printed_by
 
 SCRIPT = """
 import resource
@@ -21,5 +20,4 @@ print(page_faults_of_a_large_array())
 
 
 def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 400
+    assert number_printed_by(SCRIPT) < 400

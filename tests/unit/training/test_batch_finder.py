@@ -17,7 +17,7 @@ from bigray.storage import open_storage
 from bigray.training import batch_finder
 from bigray.training.batch_finder import find_micro_batch, forecast, largest_that_fits, resolve_batch_size
 from bigray.training.loop import Worker
-from tests.unit.training.own_process import printed_by
+from tests.unit.training.own_process import number_printed_by
 
 MakeTrial = Callable[..., TrialSpec]
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
@@ -109,7 +109,7 @@ def test_a_forecast_is_a_line_through_the_last_two_sizes() -> None:
 
 def found_in_rows_of_4_kb(trial: TrialSpec, budget_bytes: int) -> int:
     """A step's memory is mostly its rows."""
-    return printed_by(f"""
+    return number_printed_by(f"""
 import numpy as np
 import torch
 from bigray.data.dataset import TrainingArrays

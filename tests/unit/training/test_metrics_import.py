@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.training.own_process import printed_by
+from tests.unit.training.own_process import number_printed_by
 
 
 def test_the_metrics_are_there_without_scipys_signal_processing_and_statistics() -> None:
     assert (
-        printed_by("""
+        number_printed_by("""
 import sys
 import torch
 from bigray.training.metrics_import import import_torchmetrics
@@ -29,7 +29,7 @@ print(int(f1.compute()))
 @pytest.mark.parametrize("way", ["import scipy.signal as signal", "import scipy; signal = scipy.signal"])
 def test_a_users_model_finds_the_whole_of_it_afterwards(way: str) -> None:
     assert (
-        printed_by(f"""
+        number_printed_by(f"""
 from bigray.training.metrics_import import import_torchmetrics
 
 import_torchmetrics()
@@ -42,7 +42,7 @@ print(len(signal.butter(2, 0.5)))
 
 def test_what_is_imported_already_stays() -> None:
     assert (
-        printed_by("""
+        number_printed_by("""
 import scipy.signal as before
 from bigray.training.metrics_import import import_torchmetrics
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.unit.training.own_process import printed_by
 
 PARTS = {
     "driver": ["session", "groups", "runner", "trainer", "entry", "answers"],
@@ -27,5 +26,4 @@ def test_a_worker_imports_what_cuts_a_model_only_where_one_is_cut() -> None:
 
 
 def _loaded_by(imports: str, module: str) -> str:
-    code = f"import sys; {imports}; print({module!r} in sys.modules)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return printed_by(f"import sys; {imports}; print({module!r} in sys.modules)")
